@@ -1,0 +1,256 @@
+"""Runs stages and exits, and stops early: images that leave an exit are never computed further.
+
+Images in a stream wait in one queue a stage. A stage runs as soon as its queue holds a full batch, the
+deepest first, so every stage runs at one shape and memory stays below two batches a stage; what is left is
+flushed at the end. A single batch goes through directly, its survivors compacted after every stage.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ssl_exit.data.images import Batch
+from ssl_exit.encoders.tapped import TappedEncoder
+from ssl_exit.exits.kmeans import FinalClusters
+from ssl_exit.exits.rules import ExitRule
+from ssl_exit.exits.thresholds import Recorded
+
+
+@dataclass(frozen=True)
+class ExitResult:
+    """What became of each image, in input order.
+
+    Attributes:
+        labels: final cluster, (N,) int64; -1 for an image that could not be used.
+        exits: index of the exit it left at, (N,) int64; the number of exits means the end.
+        scores: its score there, (N,) float32; 1 at the end, NaN for an image that could not be used.
+        cost: multiply-adds spent on it, exits' own included / those of the whole encoder, (N,) float64.
+        skipped: position and reason of every image that could not be used.
+    """
+
+    labels: np.ndarray
+    exits: np.ndarray
+    scores: np.ndarray
+    cost: np.ndarray
+    skipped: dict[int, str] = field(default_factory=dict)
+
+
+class Cascade(nn.Module):
+    """Stages, exits and thresholds.
+
+    Attributes:
+        tapped: the staged encoder and its descriptors.
+        rules: one fitted rule for each exit.
+        final: the final clusters.
+        thresholds: leave at exit e with label k if score >= thresholds[e, k]; (E, K), inf = never.
+    """
+
+    thresholds: Tensor
+
+    def __init__(self, tapped: TappedEncoder, rules: Iterable[ExitRule], final: FinalClusters) -> None:
+        super().__init__()
+        self.tapped = tapped
+        self.rules = nn.ModuleList(rules)
+        self.final = final
+        shape = (len(self.rules), len(final.centroids))
+        self.register_buffer("thresholds", torch.full(shape, torch.inf))
+
+    @property
+    def exit_rules(self) -> list[ExitRule]:
+        """The rule at each exit."""
+        return list(self.rules)  # type: ignore[arg-type]
+
+    @property
+    def costs(self) -> np.ndarray:
+        """Multiply-adds spent when leaving at each exit and at the end / the whole encoder's, (E + 1,)."""
+        whole = sum(self.tapped.staged.macs) + self.final.macs
+        own = [d.macs + rule.macs for d, rule in zip(self.tapped.descriptors, self.exit_rules, strict=True)]
+        work = [stage + exit_ for stage, exit_ in zip(self.tapped.staged.macs, [*own, self.final.macs], strict=True)]
+        return np.cumsum(work) / whole
+
+    @torch.inference_mode()
+    def run(self, batches: Iterable[Batch], n: int, batch_size: int) -> ExitResult:
+        """Cluster images with early exits.
+
+        Args:
+            batches: images with positions 0 to n - 1, each at most once.
+            n: how many images there are in all.
+            batch_size: images a stage runs on at a time.
+
+        Returns:
+            Labels, exits, scores and cost of every image, in the order of its position.
+        """
+        run = _Run(self, n, batch_size)
+        for batch in batches:
+            run.push(batch)
+        return run.finish()
+
+    @torch.inference_mode()
+    def full(self, batches: Iterable[Batch], n: int) -> tuple[np.ndarray, dict[int, str]]:
+        """Labels of the whole encoder, (n,) int64, -1 for an image that could not be used, and why not."""
+        labels = np.full(n, -1, dtype=np.int64)
+        skipped: dict[int, str] = {}
+        for batch in batches:
+            skipped.update(batch.skipped)
+            if len(batch.indices):
+                output = self.tapped.staged(self._to_device(batch.images))
+                labels[batch.indices.numpy()] = self.final(self.tapped.output(output)).cpu().numpy()
+        return labels, skipped | _not_finite(labels, skipped)
+
+    @torch.inference_mode()
+    def record(self, batches: Iterable[Batch], n: int) -> Recorded:
+        """Labels and scores of all n images at every exit, without leaving; images that cannot be used drop out."""
+        e = len(self.rules)
+        labels, scores = np.zeros((n, e), dtype=np.int64), np.full((n, e), np.nan, dtype=np.float32)
+        final = np.full(n, -1, dtype=np.int64)
+        at = 0
+        for batch in batches:
+            if len(batch.indices) == 0:
+                continue
+            rows = slice(at, at := at + len(batch.indices))
+            descriptors, features = self.tapped(self._to_device(batch.images))
+            final[rows] = self.final(features).cpu().numpy()
+            for i, (rule, columns) in enumerate(zip(self.exit_rules, self.tapped.columns, strict=True)):
+                label, score = rule(descriptors[:, columns])
+                labels[rows, i], scores[rows, i] = label.cpu().numpy(), score.cpu().numpy()
+        good = final >= 0
+        return Recorded(labels[good], scores[good], final[good])
+
+    def _to_device(self, images: Tensor) -> Tensor:
+        return images.to(self.thresholds.device, non_blocking=True)
+
+
+class _Run:
+    """One pass over images: the queues, and the results as they come in."""
+
+    def __init__(self, cascade: Cascade, n: int, batch_size: int) -> None:
+        self.cascade, self.n, self.batch_size = cascade, n, batch_size
+        device = cascade.thresholds.device
+        self.stages = len(cascade.tapped.staged.stages)
+        self.queues: list[_Queue] = [_Queue(2 * batch_size) for _ in range(self.stages)]
+        self.labels = torch.full((n,), -1, dtype=torch.int64, device=device)
+        self.exits = torch.full((n,), self.stages - 1, dtype=torch.int64, device=device)
+        self.scores = torch.full((n,), torch.nan, device=device)
+        self.skipped: dict[int, str] = {}
+
+    def push(self, batch: Batch) -> None:
+        self.skipped.update(batch.skipped)
+        if len(batch.indices) == 0:
+            return
+        images = self.cascade._to_device(batch.images)
+        entering = _Wave(images, images.new_empty(len(images), 0), batch.indices.to(images.device))
+        finite = images.flatten(1).sum(1).isfinite()
+        if not bool(finite.all()):
+            entering = entering.at(finite.nonzero()[:, 0])
+        if self.n == len(batch.indices) <= self.batch_size:
+            self._through(entering)
+            return
+        if len(entering.indices) == self.batch_size:
+            self._advance(0, entering)  # a full batch need not wait
+        else:
+            self.queues[0].put(entering)
+        self._drain()
+
+    def finish(self) -> ExitResult:
+        for i in range(self.stages):
+            if len(self.queues[i]):
+                self._advance(i, self.queues[i].take(self.batch_size))
+                self._drain()
+        labels, exits, scores = (t.cpu().numpy() for t in (self.labels, self.exits, self.scores))
+        cost = self.cascade.costs[exits]
+        return ExitResult(labels, exits, scores, cost, self.skipped | _not_finite(labels, self.skipped))
+
+    def _drain(self) -> None:
+        """Run full batches, the deepest first, until every queue holds less than one."""
+        while (ready := max((i for i, q in enumerate(self.queues) if len(q) >= self.batch_size), default=-1)) >= 0:
+            self._advance(ready, self.queues[ready].take(self.batch_size))
+
+    def _advance(self, stage: int, wave: "_Wave") -> None:
+        """Run a stage on at most one batch and queue the survivors."""
+        survivors = self._step(stage, wave)
+        if survivors is not None:
+            self.queues[stage + 1].put(*survivors)
+
+    def _through(self, wave: "_Wave") -> None:
+        """Take one batch to the end, its survivors compacted after every stage."""
+        for stage in range(self.stages):
+            if len(wave.indices) == 0:
+                return
+            survivors = self._step(stage, wave)
+            if survivors is None:
+                return
+            after, rows = survivors
+            wave = after if rows is None else after.at(rows)
+
+    def _step(self, stage: int, wave: "_Wave") -> "tuple[_Wave, Tensor | None] | None":
+        """Run one stage and its exit; who leaves is written down. Returns the wave and the rows that go on."""
+        tapped = self.cascade.tapped
+        x = tapped.staged.stages[stage](wave.x)
+        if stage == self.stages - 1:
+            labels = self.cascade.final(tapped.output(x))
+            self.labels[wave.indices] = labels
+            self.scores[wave.indices] = torch.where(labels >= 0, 1.0, torch.nan)
+            return None
+        own = tapped.descriptors[stage](x)
+        described = torch.cat([wave.described, own], dim=1) if tapped.accumulate else own
+        labels, scores = self.cascade.rules[stage](described)
+        leaves = scores >= self.cascade.thresholds[stage, labels]
+        gone = leaves.nonzero()[:, 0]  # the one point at which the host waits for the device
+        after = _Wave(x, described if tapped.accumulate else wave.described, wave.indices)
+        if len(gone) == 0:
+            return after, None
+        left = wave.indices[gone]
+        self.labels[left], self.scores[left], self.exits[left] = labels[gone], scores[gone], stage
+        return after, (~leaves).nonzero()[:, 0]
+
+
+@dataclass(frozen=True)
+class _Wave:
+    """Images on their way: the tensor at an exit point, descriptors so far, and positions."""
+
+    x: Tensor
+    described: Tensor
+    indices: Tensor
+
+    def at(self, rows: Tensor) -> "_Wave":
+        return _Wave(self.x[rows], self.described[rows], self.indices[rows])
+
+
+class _Queue:
+    """Survivors waiting for a stage, in arrays allocated once: small tensors kept alive fragment the heap."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity, self.filled = capacity, 0
+        self.arrays: list[Tensor] = []
+
+    def __len__(self) -> int:
+        return self.filled
+
+    def put(self, wave: _Wave, rows: Tensor | None = None) -> None:
+        """Copy the given rows of a wave (or all) in."""
+        parts = (wave.x, wave.described, wave.indices)
+        if not self.arrays:
+            self.arrays = [part.new_empty(self.capacity, *part.shape[1:]) for part in parts]
+        count = len(wave.indices) if rows is None else len(rows)
+        for array, part in zip(self.arrays, parts, strict=True):
+            target = array[self.filled : self.filled + count]
+            if rows is None:
+                target.copy_(part)
+            else:
+                torch.index_select(part, 0, rows, out=target)
+        self.filled += count
+
+    def take(self, most: int) -> _Wave:
+        """The last images put in, at most `most`; to be used before the next `put`."""
+        first = max(0, self.filled - most)
+        wave = _Wave(*(array[first : self.filled] for array in self.arrays))
+        self.filled = first
+        return wave
+
+
+def _not_finite(labels: np.ndarray, known: dict[int, str]) -> dict[int, str]:
+    reason = "pixels or features are NaN or infinite"
+    return {int(i): reason for i in np.flatnonzero(labels < 0) if int(i) not in known}

@@ -1,0 +1,1 @@
+"""Images in: folders, tensors, datasets and loaders become one kind of source that yields batches."""

@@ -1,0 +1,227 @@
+"""One kind of image source for a folder, a tensor, a Dataset or a DataLoader."""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, SequentialSampler, default_collate
+
+from ssl_exit.data.preprocessing import Preprocessing
+from ssl_exit.errors import InputError
+
+ImageData = Tensor | Dataset | DataLoader | str | Path
+EXTENSIONS = frozenset(Image.registered_extensions())
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A batch of images and where they stand in the data.
+
+    Attributes:
+        indices: position of each image in the data, (N,) int64.
+        images: float32, (N, C, H, W).
+        skipped: position and reason of each image that could not be used; they are not in `images`.
+    """
+
+    indices: Tensor
+    images: Tensor
+    skipped: dict[int, str] = field(default_factory=dict)
+
+
+class ImageSource(Protocol):
+    """Images by position: every kind of data becomes one of these."""
+
+    paths: list[str] | None
+
+    def __len__(self) -> int: ...
+
+    def batches(self, order: np.ndarray, batch_size: int) -> Iterator[Batch]:
+        """Batches of the images at positions `order`, in that order; the last may be smaller."""
+        ...
+
+
+def open_images(data: ImageData, preprocessing: Preprocessing | None = None, num_workers: int = 0) -> ImageSource:
+    """Make an image source.
+
+    Args:
+        data: a folder of images (searched recursively, sorted by path); a tensor, (N, C, H, W); a map-style
+            Dataset of images or of tuples whose first entry is the image; or a DataLoader over one, of which
+            the dataset, collate_fn and number of workers are used and the images come in dataset order.
+            Floating-point images are taken as they are; uint8 and PIL images are preprocessed.
+        preprocessing: for folders, uint8 and PIL images.
+        num_workers: processes that decode images.
+
+    Raises:
+        InputError: data of another kind, empty, or in need of a preprocessing that is not given.
+    """
+    if isinstance(data, (str, Path)):
+        source: ImageSource = _DatasetSource(FolderImages(Path(data), preprocessing), preprocessing, num_workers)
+    elif isinstance(data, Tensor):
+        source = _TensorSource(data, preprocessing)
+    elif isinstance(data, DataLoader):
+        source = _loader_source(data, preprocessing)
+    elif hasattr(data, "__getitem__") and hasattr(data, "__len__") and not isinstance(data, np.ndarray):
+        source = _DatasetSource(data, preprocessing, num_workers)
+    else:
+        raise InputError(
+            f"images must be a folder, an (N, C, H, W) tensor, a map-style Dataset or a DataLoader over one; got "
+            f"{type(data).__name__}" + (": use torch.from_numpy" if isinstance(data, np.ndarray) else "")
+        )
+    if len(source) == 0:
+        raise InputError("there are no images: the data are empty")
+    return source
+
+
+class FolderImages(Dataset):
+    """The image files below a folder, sorted by path.
+
+    Attributes:
+        paths: the files, relative to the folder.
+        classes: names of the sub-folders, if every image lies in one; for evaluation only.
+    """
+
+    def __init__(self, folder: Path, preprocessing: Preprocessing | None) -> None:
+        if not folder.is_dir():
+            raise InputError(f"{str(folder)!r} is not a folder; give a folder of images")
+        if preprocessing is None:
+            raise InputError("a folder of images needs a preprocessing (size, mean, std)")
+        found = (os.path.join(at, name) for at, _, names in os.walk(folder) for name in names)
+        self.folder = folder
+        self.paths = sorted(os.path.relpath(p, folder) for p in found if Path(p).suffix.lower() in EXTENSIONS)
+        if not self.paths:
+            raise InputError(f"folder {str(folder)!r} holds no image files ({', '.join(sorted(EXTENSIONS)[:8])}, ...)")
+        parents = [Path(path).parts[:-1] for path in self.paths]
+        self.classes = sorted({p[0] for p in parents}) if all(parents) else []
+        self.preprocessing = preprocessing
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    @property
+    def targets(self) -> np.ndarray | None:
+        """Index of each image's sub-folder, (N,) int64, or None where there are none."""
+        if len(self.classes) < 2:
+            return None
+        index = {name: i for i, name in enumerate(self.classes)}
+        return np.array([index[Path(path).parts[0]] for path in self.paths])
+
+    def __getitem__(self, index: int) -> Tensor | str:
+        """The preprocessed image, (C, size, size), or the reason why it cannot be read."""
+        try:
+            with Image.open(self.folder / self.paths[index]) as image:
+                return self.preprocessing(image)
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            return f"{type(error).__name__}: {error}"
+
+
+class _TensorSource:
+    paths: list[str] | None = None
+
+    def __init__(self, images: Tensor, preprocessing: Preprocessing | None) -> None:
+        if images.dim() != 4:
+            raise InputError(f"a tensor of images has four dimensions, (N, C, H, W); got {tuple(images.shape)}")
+        _check_dtype(images.dtype, preprocessing)
+        self.images, self.preprocessing = images, preprocessing
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def batches(self, order: np.ndarray, batch_size: int) -> Iterator[Batch]:
+        for at in range(0, len(order), batch_size):
+            indices = torch.from_numpy(order[at : at + batch_size])
+            yield Batch(indices, _as_float(self.images[indices], self.preprocessing))
+
+
+class _DatasetSource:
+    def __init__(self, dataset: Any, preprocessing: Preprocessing | None, num_workers: int, collate: Any = None):
+        self.dataset, self.preprocessing, self.num_workers, self.collate = dataset, preprocessing, num_workers, collate
+        self.paths = dataset.paths if isinstance(dataset, FolderImages) else None
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def batches(self, order: np.ndarray, batch_size: int) -> Iterator[Batch]:
+        loader = DataLoader(
+            _Indexed(self.dataset, self.preprocessing, raw=self.collate is not None),
+            batch_size=batch_size,
+            sampler=order.tolist(),
+            num_workers=self.num_workers,
+            collate_fn=_Collate(self.collate, self.preprocessing),
+        )
+        yield from loader
+
+
+class _Indexed(Dataset):
+    """Items of a dataset with their position; images come out as tensors, or as the reason why not."""
+
+    def __init__(self, dataset: Any, preprocessing: Preprocessing | None, raw: bool) -> None:
+        self.dataset, self.preprocessing, self.raw = dataset, preprocessing, raw
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[int, Any]:
+        item = self.dataset[index]
+        if self.raw:
+            return index, item
+        image = item[0] if isinstance(item, (tuple, list)) else item
+        if isinstance(image, Image.Image):
+            _check_dtype(torch.uint8, self.preprocessing)
+            image = self.preprocessing(image)  # type: ignore[misc]
+        return index, image
+
+
+class _Collate:
+    def __init__(self, collate: Any, preprocessing: Preprocessing | None) -> None:
+        self.collate, self.preprocessing = collate, preprocessing
+
+    def __call__(self, items: list[tuple[int, Any]]) -> Batch:
+        skipped = {index: image for index, image in items if isinstance(image, str)}
+        good = [(index, image) for index, image in items if not isinstance(image, str)]
+        indices = torch.tensor([index for index, _ in good], dtype=torch.int64)
+        if not good:
+            return Batch(indices, torch.empty(0), skipped)
+        images = (self.collate or self._stack)([image for _, image in good])
+        images = images[0] if isinstance(images, (tuple, list)) else images
+        if not isinstance(images, Tensor) or images.dim() != 4 or len(images) != len(good):
+            got = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
+            raise InputError(f"a batch of {len(good)} images must be a tensor, (N, C, H, W); the dataset gave {got}")
+        return Batch(indices, _as_float(images, self.preprocessing), skipped)
+
+    @staticmethod
+    def _stack(images: list[Any]) -> Any:
+        if not all(isinstance(image, Tensor) for image in images):
+            raise InputError(f"a dataset must give tensors or PIL images; got {type(images[0]).__name__}")
+        shapes = {tuple(image.shape) for image in images}
+        if len(shapes) > 1:
+            raise InputError(f"images of one batch differ in shape: {sorted(shapes)}; resize them in the dataset")
+        return default_collate(images)
+
+
+def _loader_source(loader: DataLoader, preprocessing: Preprocessing | None) -> _DatasetSource:
+    if isinstance(loader.dataset, IterableDataset):
+        raise InputError("a loader over an IterableDataset has no positions; give a map-style Dataset")
+    if not isinstance(loader.sampler, (SequentialSampler, RandomSampler)):
+        raise InputError(
+            f"a loader with a {type(loader.sampler).__name__} chooses its own images; give torch.utils.data.Subset of "
+            "the dataset instead"
+        )
+    return _DatasetSource(loader.dataset, preprocessing, loader.num_workers, loader.collate_fn)
+
+
+def _check_dtype(dtype: torch.dtype, preprocessing: Preprocessing | None) -> None:
+    if dtype == torch.uint8 and preprocessing is None:
+        raise InputError("uint8 and PIL images need a preprocessing (size, mean, std); or give float tensors")
+    if dtype != torch.uint8 and not dtype.is_floating_point:
+        raise InputError(f"images must be floating point or uint8; got {dtype}")
+
+
+def _as_float(images: Tensor, preprocessing: Preprocessing | None) -> Tensor:
+    _check_dtype(images.dtype, preprocessing)
+    return preprocessing(images) if preprocessing and images.dtype == torch.uint8 else images.float()

@@ -1,0 +1,75 @@
+"""From a decoded image to the tensor an encoder expects; saved with every model."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms.v2 import functional as TF
+
+from ssl_exit.errors import InputError
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """Resize the shorter side, crop the centre, scale to [0, 1], subtract the mean, divide by the deviation.
+
+    Attributes:
+        size: height and width in pixels of what the encoder sees.
+        mean: per channel, of pixels in [0, 1]; one entry makes grey images, three make RGB.
+        std: per channel, of pixels in [0, 1].
+        crop: share of the shorter side kept by the centre crop, in (0, 1].
+    """
+
+    size: int
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    crop: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.size < 1 or not 0 < self.crop <= 1:
+            raise InputError(f"size must be at least 1 and crop in (0, 1]; got size={self.size}, crop={self.crop}")
+        if len(self.mean) not in (1, 3) or len(self.std) != len(self.mean) or min(self.std) <= 0:
+            raise InputError(
+                f"mean and std need one entry a channel, 1 (grey) or 3 (RGB), every std above 0; got mean={self.mean}, "
+                f"std={self.std}"
+            )
+        object.__setattr__(self, "mean", tuple(self.mean))
+        object.__setattr__(self, "std", tuple(self.std))
+
+    def __call__(self, image: Image.Image | Tensor) -> Tensor:
+        """Preprocess one image or a batch of equal size.
+
+        Args:
+            image: a PIL image of any mode, or uint8 pixels, (..., C, H, W).
+
+        Returns:
+            float32, (..., C, size, size).
+
+        Raises:
+            InputError: pixels that are not uint8 or have the wrong number of channels.
+        """
+        pixels = self._decode(image) if isinstance(image, Image.Image) else image
+        if pixels.dtype != torch.uint8 or pixels.dim() < 3 or pixels.shape[-3] != len(self.mean):
+            raise InputError(
+                f"preprocessing takes uint8 images, (..., {len(self.mean)}, H, W); got {pixels.dtype}, "
+                f"{tuple(pixels.shape)}"
+            )
+        short = round(self.size / self.crop)
+        if min(pixels.shape[-2:]) != short:
+            pixels = TF.resize(pixels, [short], antialias=True)
+        if pixels.shape[-2:] != (self.size, self.size):
+            pixels = TF.center_crop(pixels, [self.size, self.size])
+        mean, std = (torch.tensor(v, device=pixels.device).view(-1, 1, 1) for v in (self.mean, self.std))
+        return pixels.float().div_(255).sub_(mean).div_(std)
+
+    def _decode(self, image: Image.Image) -> Tensor:
+        if image.mode.startswith("I") or image.mode == "F":  # 16-bit files open as I;16 or I
+            deep = np.asarray(image, dtype=np.float64)
+            image = Image.fromarray(np.clip(deep / (257 if deep.max() > 255 else 1), 0, 255).round().astype(np.uint8))
+        return TF.pil_to_tensor(image.convert("RGB" if len(self.mean) == 3 else "L"))
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)

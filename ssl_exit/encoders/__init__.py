@@ -1,0 +1,1 @@
+"""Exit points, stages and descriptors of any encoder."""

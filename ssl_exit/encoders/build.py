@@ -1,0 +1,123 @@
+"""Encoders by name, and weights files: an architecture, its classifier removed, filled strictly."""
+
+import importlib
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torchvision
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from ssl_exit.encoders.resnet_cifar import resnet20_cifar, resnet56_cifar
+from ssl_exit.errors import InputError
+
+OWN = {"resnet20_cifar": resnet20_cifar, "resnet56_cifar": resnet56_cifar}
+
+
+@dataclass(frozen=True)
+class EncoderSpec:
+    """How to build an encoder again: what a saved model remembers of it beside its weights.
+
+    Attributes:
+        name: "resnet20_cifar" or "resnet56_cifar" (this library's), an architecture of torchvision or, with
+            the prefix "timm:", of timm, each without its classifier; or "module:function", which is imported
+            from the Python path and called without arguments.
+        weights: a .safetensors, .pt, .pth or .ckpt file with a state dict; "DEFAULT" downloads torchvision's
+            or timm's; None leaves the weights as the architecture starts them.
+    """
+
+    name: str
+    weights: str | None = None
+
+    def build(self) -> nn.Module:
+        """The encoder, in eval mode.
+
+        Raises:
+            InputError: an unknown name, an unreadable file, or keys that are missing or unexpected.
+        """
+        download = self.weights == "DEFAULT"
+        encoder, classifier = self._architecture(download)
+        if self.weights is not None and not download:
+            _fill(encoder, classifier, Path(self.weights), self.name)
+        return encoder.eval()
+
+    def _architecture(self, download: bool) -> tuple[nn.Module, str | None]:
+        """The architecture without its classifier, and the classifier's name (its keys may be left over)."""
+        if ":" in self.name and not self.name.startswith("timm:"):
+            if download:
+                raise InputError(f"{self.name!r} has no weights to download; give a weights file")
+            return _imported(self.name), None
+        if self.name in OWN:
+            if download:
+                raise InputError(f"{self.name!r} has no weights to download; give a weights file")
+            return OWN[self.name](), "linear"
+        if self.name.startswith("timm:"):
+            if importlib.util.find_spec("timm") is None:
+                raise InputError(f"encoder {self.name!r} needs timm: pip install timm")
+            import timm
+
+            if not timm.is_model(self.name[5:]):
+                raise InputError(f"timm has no model {self.name[5:]!r}; see timm.list_models()")
+            model = timm.create_model(self.name[5:], pretrained=download, num_classes=0)
+            return model, timm.get_pretrained_cfg_value(self.name[5:], "classifier")
+        if self.name not in torchvision.models.list_models(torchvision.models):
+            raise InputError(
+                f"no encoder {self.name!r}: expected one of {sorted(OWN)}, a torchvision classification architecture, "
+                "timm:NAME, or module:function"
+            )
+        model = torchvision.models.get_model(self.name, weights="DEFAULT" if download else None)
+        classifier = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)][-1]
+        parent, _, leaf = classifier.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, nn.Identity())
+        return model, classifier
+
+
+def _imported(name: str) -> nn.Module:
+    module, _, function = name.partition(":")
+    try:
+        encoder = getattr(importlib.import_module(module), function)()
+    except (ImportError, AttributeError) as error:
+        raise InputError(f"encoder {name!r} cannot be imported: {error}; expected module:function") from error
+    if not isinstance(encoder, nn.Module):
+        raise InputError(f"encoder {name!r} must return a torch.nn.Module; it returned {type(encoder).__name__}")
+    return encoder
+
+
+def read_state_dict(file: Path) -> dict[str, Tensor]:
+    """The state dict in a .safetensors or torch file; nothing in the file is executed.
+
+    Raises:
+        InputError: the file is missing, truncated, or holds something else.
+    """
+    try:
+        if file.suffix == ".safetensors":
+            return load_file(file)
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise InputError(f"weights file {str(file)!r} cannot be read: {error}; expected a state dict") from error
+    state = state.get("state_dict", state) if isinstance(state, dict) else state
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise InputError(f"weights file {str(file)!r} holds no state dict (names to tensors)")
+    return state
+
+
+def _fill(encoder: nn.Module, classifier: str | None, file: Path, name: str) -> None:
+    state = read_state_dict(file)
+    own = encoder.state_dict()
+    if classifier:
+        state = {key: value for key, value in state.items() if not key.startswith(classifier + ".") or key in own}
+    missing, unexpected = sorted(set(own) - set(state)), sorted(set(state) - set(own))
+    missing = [key for key in missing if not key.endswith("num_batches_tracked")]
+    misfits = [
+        f"{k}: {tuple(state[k].shape)}, not {tuple(own[k].shape)}"
+        for k in own
+        if k in state and state[k].shape != own[k].shape
+    ]
+    if missing or unexpected or misfits:
+        raise InputError(
+            f"weights file {str(file)!r} does not fit {name}: missing keys {missing}; unexpected keys {unexpected}; "
+            f"shapes {misfits}"
+        )
+    encoder.load_state_dict(state, strict=False)

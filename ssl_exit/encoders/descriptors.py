@@ -1,0 +1,123 @@
+"""Descriptors: the small vector pooled from the tensor at an exit point.
+
+A tensor at an exit point is a map, (N, C, H, W) or (N, H, W, C); a sequence of tokens, (N, T, C); or a
+vector, (N, D), which is its own descriptor.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ssl_exit.errors import InputError
+
+Layout = Literal["map", "map_channels_last", "tokens", "vector"]
+
+
+def layout_of(shape: tuple[int, ...], image: tuple[int, int]) -> Layout:
+    """How to read the tensor at an exit point: `shape` is its own without the batch, `image` is (H, W).
+
+    A map keeps the proportions of the image in its two spatial dimensions; that tells (C, H, W) from
+    (H, W, C). Where both fit, it is read as (C, H, W).
+    """
+    if len(shape) == 3:
+        wanted = math.log(image[0] / image[1])
+        first, last = (abs(math.log(h / w) - wanted) for h, w in (shape[1:], shape[:2]))
+        return "map" if first <= last else "map_channels_last"
+    if len(shape) == 2:
+        return "tokens"
+    if len(shape) == 1:
+        return "vector"
+    raise InputError(
+        f"no descriptor fits a tensor of shape (N, {', '.join(map(str, shape))}); expected a map, (N, C, H, W), "
+        "tokens, (N, T, C), or vectors, (N, D): choose another exit point"
+    )
+
+
+def average(x: Tensor) -> Tensor:
+    """Global average over positions: (N, C, H, W) -> (N, C), (N, T, C) -> (N, C)."""
+    return x.mean(dim=(2, 3)) if x.dim() == 4 else x.mean(dim=1)
+
+
+def pyramid(x: Tensor) -> Tensor:
+    """Averages of the whole map and of its four quarters, and the standard deviation: (N, C, H, W) -> (N, 6C).
+
+    Quarters of an odd side share its middle row or column. Reductions are spelled out because
+    `torch.std_mean` and `adaptive_avg_pool2d` take several times as long on CPUs.
+    """
+    h, w = x.shape[2:]
+    mean = x.mean(dim=(2, 3), keepdim=True)
+    std = torch.linalg.vector_norm(x - mean, dim=(2, 3)) / math.sqrt(h * w)
+    rows = torch.stack([x[:, :, : -(-h // 2)].mean(2), x[:, :, h // 2 :].mean(2)], dim=2)
+    quarters = torch.stack([rows[..., : -(-w // 2)].mean(3), rows[..., w // 2 :].mean(3)], dim=3)
+    return torch.cat([mean.flatten(1), quarters.flatten(1), std], dim=1)
+
+
+def tokens(x: Tensor) -> Tensor:
+    """First token, average and standard deviation of all tokens: (N, T, C) -> (N, 3C)."""
+    mean = x.mean(dim=1, keepdim=True)
+    std = torch.linalg.vector_norm(x - mean, dim=1) / math.sqrt(x.shape[1])
+    return torch.cat([x[:, 0], mean[:, 0], std], dim=1)
+
+
+@dataclass(frozen=True)
+class _Kind:
+    pool: Callable[[Tensor], Tensor]
+    layouts: tuple[Layout, ...]
+    width: int  # entries per channel
+    reads: int  # multiply-adds per element of the tensor: one for each moment that is formed
+
+
+KINDS = {
+    "average": _Kind(average, ("map", "map_channels_last", "tokens"), width=1, reads=1),
+    "pyramid": _Kind(pyramid, ("map", "map_channels_last"), width=6, reads=3),
+    "tokens": _Kind(tokens, ("tokens",), width=3, reads=2),
+}
+
+
+@dataclass(frozen=True)
+class Descriptor:
+    """Pools the tensor at one exit point into (N, dim) vectors.
+
+    Attributes:
+        kind: "average", "pyramid" or "tokens"; vectors pass through any kind.
+        shape: shape of the tensor at the exit point, without the batch.
+        layout: how that tensor is read.
+        normalize: divide each descriptor by its L2 norm.
+    """
+
+    kind: str
+    shape: tuple[int, ...]
+    layout: Layout
+    normalize: bool = False
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise InputError(f"descriptor {self.kind!r} does not exist; choose 'auto' or one of {sorted(KINDS)}")
+        if self.layout != "vector" and self.layout not in KINDS[self.kind].layouts:
+            legal = sorted(name for name, kind in KINDS.items() if self.layout in kind.layouts)
+            raise InputError(
+                f"descriptor {self.kind!r} does not fit the tensor (N, {', '.join(map(str, self.shape))}), read as "
+                f"{self.layout}; choose one of {legal}"
+            )
+
+    @property
+    def dim(self) -> int:
+        channels = self.shape[0] if self.layout in ("map", "vector") else self.shape[-1]
+        return channels * (1 if self.layout == "vector" else KINDS[self.kind].width)
+
+    @property
+    def macs(self) -> int:
+        """Multiply-adds per image spent on pooling."""
+        return 0 if self.layout == "vector" else KINDS[self.kind].reads * math.prod(self.shape)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.layout == "map_channels_last":
+            x = x.permute(0, 3, 1, 2)
+        pooled = x if self.layout == "vector" else KINDS[self.kind].pool(x)
+        pooled = pooled.float()
+        return F.normalize(pooled, dim=1) if self.normalize else pooled

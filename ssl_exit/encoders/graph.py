@@ -1,0 +1,273 @@
+"""Exit points: the places of an encoder's graph at which exactly one tensor crosses.
+
+The encoder is traced with torch.fx and named as torchvision's feature extraction names nodes. A node is
+a legal exit point if, once it has run, it is the only value alive that depends on the images. A node that
+does not depend on them (a parameter, a constant made from parameters) belongs to every stage that uses it.
+"""
+
+import inspect
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision.models.feature_extraction import NodePathTracer
+
+from ssl_exit.errors import InputError
+
+
+@dataclass(frozen=True)
+class ExitPoint:
+    """A place between two layers at which one tensor, with the batch in dimension 0, crosses.
+
+    Attributes:
+        name: the node's qualified name, as torchvision's feature extraction spells it.
+        shape: the tensor's shape without the batch, e.g. (C, H, W).
+        cost: multiply-adds spent once this point is reached / those of the whole encoder, in [0, 1].
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    cost: float
+
+
+@dataclass(frozen=True)
+class TracedEncoder:
+    """An encoder's graph, the names of its nodes and what each node costs.
+
+    Attributes:
+        root: the encoder itself; stages made from the graph share its parameters.
+        graph: the graph with the images as its only placeholder.
+        names: qualified name of each node.
+        points: legal exit points, in the order in which they run.
+        nodes: the graph node of each legal exit point.
+        dependent: the nodes that depend on the images.
+        macs: multiply-adds per image of the whole encoder.
+    """
+
+    root: nn.Module
+    graph: fx.Graph
+    names: dict[fx.Node, str]
+    points: list[ExitPoint]
+    nodes: list[fx.Node]
+    dependent: set[fx.Node]
+    macs: int
+
+    def resolve(self, name: str) -> int:
+        """Index into `points` of an exit given by name; a module's name means its last node.
+
+        Raises:
+            InputError: no such node, or one at which more than one tensor crosses.
+        """
+        matches = [n for n in self.names.values() if n == name]
+        matches = matches or [n for n in self.names.values() if n.startswith(name + ".")]
+        legal = [point.name for point in self.points]
+        if matches and matches[-1] in legal:
+            return legal.index(matches[-1])
+        order = list(self.names.values())
+        if matches:
+            at = order.index(matches[-1])
+            nearest = sorted(legal, key=lambda n: abs(order.index(n) - at))[:3]
+            why = "is not an exit point: more than one tensor is alive there, or it lies outside the stages"
+        else:
+            nearest = get_close_matches(name, legal, n=3, cutoff=0.0)
+            why = "names no node"
+        raise InputError(
+            f"exit {name!r} {why} of {type(self.root).__name__}; nearest legal: {nearest}; "
+            "list_exits(encoder, example) shows all"
+        )
+
+
+def list_exits(encoder: nn.Module | Sequence[nn.Module], example: Tensor) -> list[ExitPoint]:
+    """The legal exit points of an encoder, in the order in which they run.
+
+    Args:
+        encoder: the network, images to features; or a list of modules, run in order, whose joints are
+            the exit points (for networks that cannot be traced). It is left unchanged.
+        example: images as the encoder takes them, (N, C, H, W); only the first is used.
+
+    Raises:
+        InputError: the encoder's graph cannot be traced, or the encoder rejects the example.
+    """
+    return trace(encoder, example).points
+
+
+class Chain(nn.Module):
+    """A list of modules run in order and never traced into: stages given by hand."""
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        super().__init__()
+        for i, module in enumerate(modules):
+            self.add_module(f"stage{i}", module)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for module in self.children():
+            x = module(x)
+        return x
+
+
+def as_module(encoder: nn.Module | Sequence[nn.Module]) -> nn.Module:
+    """The encoder itself, or the modules of a list one after another.
+
+    Raises:
+        InputError: neither a module nor a list of modules.
+    """
+    if isinstance(encoder, nn.Module):
+        return encoder
+    if not isinstance(encoder, Sequence) or not encoder or not all(isinstance(m, nn.Module) for m in encoder):
+        raise InputError(f"an encoder is a torch.nn.Module or a list of them; got {encoder!r}")
+    return Chain(encoder)
+
+
+def trace(encoder: nn.Module | Sequence[nn.Module], example: Tensor) -> TracedEncoder:
+    """Trace an encoder, find its legal exit points and count multiply-adds (see `list_exits`)."""
+    root = as_module(encoder)
+    if not isinstance(example, Tensor) or example.dim() < 2 or len(example) == 0:
+        got = tuple(example.shape) if isinstance(example, Tensor) else type(example).__name__
+        raise InputError(f"the example must be a tensor of images, (N, C, H, W), with N >= 1; got {got}")
+    with _eval_mode(root):
+        graph, names = _symbolic_graph(root)
+        dependent = _depends_on_images(graph)
+        module = fx.GraphModule(root, graph)
+        two, three = (_Meter(module).measure(example[:1].expand(n, *example.shape[1:])) for n in (2, 3))
+    macs = sum(flops for _, flops in two.values()) // 4  # a multiply-add is two operations, and two images ran
+    spent = 0
+    points, nodes = [], []
+    crossing = _single_crossings(graph, dependent)
+    for node in graph.nodes:
+        shape, flops = two.get(node, (None, 0))
+        spent += flops // 4
+        other = three.get(node, (None, 0))[0]
+        if node in crossing and shape and other and shape[0] == 2 and other[0] == 3 and shape[1:] == other[1:]:
+            points.append(ExitPoint(names[node], shape[1:], spent / max(macs, 1)))
+            nodes.append(node)
+    return TracedEncoder(root, graph, names, points, nodes, dependent, macs)
+
+
+class _eval_mode:
+    """Hold a module in eval mode for a while; every submodule gets its own mode back."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.modes = [(m, m.training) for m in module.modules()]
+
+    def __enter__(self) -> None:
+        for module, _ in self.modes:
+            module.training = False
+
+    def __exit__(self, *_: object) -> None:
+        for module, mode in self.modes:
+            module.training = mode
+
+
+def _symbolic_graph(root: nn.Module) -> tuple[fx.Graph, dict[fx.Node, str]]:
+    """The fx graph of a module with every optional input bound to its default, and its node names."""
+    parameters = list(inspect.signature(root.forward).parameters.values())
+    optional = [p for p in parameters[1:] if p.default is not inspect.Parameter.empty]
+    tracer = NodePathTracer(**_tracer_options(root))
+    try:
+        graph = tracer.trace(root, concrete_args={p.name: p.default for p in optional})
+    except Exception as error:  # fx re-raises whatever the encoder's own code met
+        frames = [f for f in traceback.extract_tb(error.__traceback__) if not _is_tracing_code(f.filename)]
+        where = f"{frames[-1].filename}, line {frames[-1].lineno}: {frames[-1].line}" if frames else "its own code"
+        raise InputError(
+            f"{type(root).__name__} cannot be traced by torch.fx: {error} (at {where}). Expected a forward() free of "
+            "control flow that depends on the images; or give the stages by hand: a list of modules, run in order"
+        ) from error
+    names = dict(tracer.node_to_qualname)
+    for node in list(graph.nodes)[::-1]:
+        bound = node.op == "placeholder" and node.prev.op == "placeholder"
+        if bound or (node.op == "call_function" and "has been specialized" in str(node.args)):
+            graph.erase_node(node)
+            names.pop(node, None)
+    for node in graph.nodes:
+        if node.op == "output" and not isinstance(node.args[0], fx.Node):
+            raise InputError(f"the encoder must return one tensor; {type(root).__name__} returns {node.args[0]!r}")
+    return graph, {node: name for node, name in names.items() if node.op not in ("output", "placeholder")}
+
+
+def _is_tracing_code(filename: str) -> bool:
+    return any(
+        part in filename for part in ("torch/fx/", "torch/_", "torch/nn/modules/module", "ssl_exit/encoders/graph")
+    )
+
+
+def _tracer_options(root: nn.Module) -> dict[str, Any]:
+    """What torchvision, and timm where the encoder is timm's, hold to be leaves of the graph."""
+    from torchvision.models import feature_extraction
+
+    options: dict[str, Any] = feature_extraction._set_default_tracer_kwargs(None)
+    if isinstance(root, Chain):
+        options["leaf_modules"] = [*options["leaf_modules"], *{type(m) for m in root.children()}]
+    elif type(root).__module__.startswith("timm."):
+        timm_layers = sys.modules["timm.layers"]
+        options["leaf_modules"] = [*options["leaf_modules"], *timm_layers.get_notrace_modules()]
+        options["autowrap_functions"] = tuple(timm_layers.get_notrace_functions())
+    return options
+
+
+def _depends_on_images(graph: fx.Graph) -> set[fx.Node]:
+    dependent: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.op == "placeholder" or any(n in dependent for n in node.all_input_nodes):
+            dependent.add(node)
+    return dependent
+
+
+def _single_crossings(graph: fx.Graph, dependent: set[fx.Node]) -> set[fx.Node]:
+    """Nodes after which no other node that depends on the images has a user yet to run."""
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    crossing = set()
+    latest_use = -1  # of every dependent node that ran before
+    for i, node in enumerate(graph.nodes):
+        if node not in dependent:
+            continue
+        own = max((order[user] for user in node.users), default=-1)
+        if latest_use <= i < own and node.op not in ("placeholder", "output"):
+            crossing.add(node)
+        latest_use = max(latest_use, own)
+    return crossing
+
+
+class _Meter(fx.Interpreter):
+    """Runs a graph once and records, per node, the shape of its tensor and its floating-point operations."""
+
+    def measure(self, images: Tensor) -> dict[fx.Node, tuple[tuple[int, ...] | None, int]]:
+        self.seen: dict[fx.Node, tuple[tuple[int, ...] | None, int]] = {}
+        fast_path = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)  # its fused kernel is not counted
+        try:
+            with torch.no_grad():
+                self.run(images)
+        except Exception as error:
+            raise InputError(
+                f"the encoder cannot take images of shape {tuple(images.shape[1:])} and dtype {images.dtype}: {error}. "
+                "Give images as the encoder expects them (size, channels, dtype)"
+            ) from error
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fast_path)
+        return self.seen
+
+    def run_node(self, n: fx.Node) -> Any:
+        with FlopCounterMode(display=False) as counter:
+            value = super().run_node(n)
+        shape = tuple(value.shape) if isinstance(value, Tensor) and value.is_floating_point() else None
+        self.seen[n] = (shape, counter.get_total_flops())
+        return value
+
+
+def stage_nodes(traced: TracedEncoder, exits: Sequence[fx.Node]) -> Iterator[list[fx.Node]]:
+    """The image-dependent nodes of each stage, for exits in the order in which they run."""
+    boundary = set(exits)
+    stage: list[fx.Node] = []
+    for node in traced.graph.nodes:
+        if node in traced.dependent and node.op != "placeholder":
+            stage.append(node)
+        if node in boundary:
+            yield stage
+            stage = []
+    yield stage

@@ -1,0 +1,57 @@
+"""The CIFAR ResNet of He et al. (arXiv 1512.03385, section 4.2), with shortcuts free of parameters."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut (option A: every second pixel, channels zero-padded)."""
+
+    def __init__(self, in_channels: int, channels: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.stride = stride
+        self.pad = (channels - in_channels) // 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        if self.stride > 1:
+            x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.pad, self.pad))
+        return F.relu(out + x)
+
+
+class CifarResNet(nn.Module):
+    """Three groups of `blocks` basic blocks with 16, 32 and 64 channels: (N, 3, H, W) -> (N, 64)."""
+
+    def __init__(self, blocks: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        self.layer1 = self._group(16, 16, blocks, 1)
+        self.layer2 = self._group(16, 32, blocks, 2)
+        self.layer3 = self._group(32, 64, blocks, 2)
+
+    @staticmethod
+    def _group(in_channels: int, channels: int, blocks: int, stride: int) -> nn.Sequential:
+        first = BasicBlock(in_channels, channels, stride)
+        return nn.Sequential(first, *(BasicBlock(channels, channels, 1) for _ in range(blocks - 1)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = self.layer3(self.layer2(self.layer1(x)))
+        return torch.flatten(F.adaptive_avg_pool2d(x, 1), 1)
+
+
+def resnet20_cifar() -> CifarResNet:
+    """ResNet-20 for 32-pixel images, without its classifier: (N, 3, 32, 32) -> (N, 64)."""
+    return CifarResNet(3)
+
+
+def resnet56_cifar() -> CifarResNet:
+    """ResNet-56 for 32-pixel images, without its classifier: (N, 3, 32, 32) -> (N, 64)."""
+    return CifarResNet(9)

@@ -1,0 +1,97 @@
+"""Splitting an encoder at exit points into stages that resume where the last one stopped."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+from torch import Tensor, fx, nn
+
+from ssl_exit.encoders.graph import ExitPoint, TracedEncoder, stage_nodes, trace
+from ssl_exit.errors import InputError
+
+
+class StagedEncoder(nn.Module):
+    """An encoder cut at its exit points; running all stages equals running the encoder, bit for bit.
+
+    Attributes:
+        stages: one module a stage; it takes the tensor at one exit point to the tensor at the next.
+        exit_points: the points between the stages, one fewer than the stages.
+        macs: multiply-adds per image of each stage.
+    """
+
+    def __init__(self, stages: Sequence[nn.Module], exit_points: Sequence[ExitPoint], macs: Sequence[int]) -> None:
+        super().__init__()
+        self.stages = nn.ModuleList(stages)
+        self.exit_points = list(exit_points)
+        self.macs = list(macs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for stage in self.stages:
+            x = stage(x)
+        return x
+
+    def tensors(self, x: Tensor) -> list[Tensor]:
+        """The tensor at every exit point and, last, the encoder's output."""
+        out = []
+        for stage in self.stages:
+            x = stage(x)
+            out.append(x)
+        return out
+
+
+def split(encoder: nn.Module | Sequence[nn.Module], exits: Sequence[str] | str, example: Tensor) -> StagedEncoder:
+    """Cut an encoder into stages; they share its parameters.
+
+    Args:
+        encoder: the network, or a list of modules that are its stages.
+        exits: names of exit points ("layer2" means its last node), or "auto".
+        example: images as the encoder takes them, (N, C, H, W).
+
+    Raises:
+        InputError: an exit that is not a legal exit point, or an encoder that cannot be traced.
+    """
+    traced = trace(encoder, example)
+    if exits == "auto":
+        chosen = choose_exits(traced.points)
+    elif isinstance(exits, str):
+        raise InputError(f'exits must be "auto" or a list of names; got {exits!r}')
+    else:
+        chosen = sorted({traced.resolve(name) for name in exits})
+    points = [traced.points[i] for i in chosen]
+    nodes = [traced.nodes[i] for i in chosen]
+    stages = [_stage_module(traced, body) for body in stage_nodes(traced, nodes)]
+    at = [0] + [round(point.cost * traced.macs) for point in points] + [traced.macs]
+    return StagedEncoder(stages, points, [b - a for a, b in pairwise(at)])
+
+
+def choose_exits(points: Sequence[ExitPoint], most: int = 8) -> list[int]:
+    """Indices of at most `most` exit points spread evenly over the cost between 5 % and 95 %.
+
+    Of points at one cost (a convolution, its normalisation, its activation) the last is taken.
+    """
+    last_at_cost = {round(point.cost, 4): i for i, point in enumerate(points)}
+    usable = [i for cost, i in last_at_cost.items() if 0.05 <= cost <= 0.95]
+    targets = [(j + 1) / (most + 1) for j in range(most)]
+    return sorted({min(usable, key=lambda i: abs(points[i].cost - t)) for t in targets}) if usable else []
+
+
+def _stage_module(traced: TracedEncoder, body: list[fx.Node]) -> nn.Module:
+    """A module that runs `body`, taking the one tensor that enters it."""
+    inside = set(body)
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    entering = [n for node in body for n in node.all_input_nodes if n in traced.dependent and n not in inside]
+    images = graph.placeholder("x")
+    copies.update(dict.fromkeys(entering, images))
+
+    def copy(node: fx.Node) -> fx.Node:
+        if node not in copies:
+            for source in node.all_input_nodes:
+                copy(source)
+            copies[node] = graph.node_copy(node, lambda n: copies[n])
+        return copies[node]
+
+    for node in body:
+        copy(node)
+    if body[-1].op != "output":
+        graph.output(copies[body[-1]])
+    return fx.GraphModule(traced.root, graph)

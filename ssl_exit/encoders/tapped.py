@@ -1,0 +1,100 @@
+"""A staged encoder together with the descriptor at each of its exit points."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from ssl_exit.encoders.descriptors import Descriptor, layout_of
+from ssl_exit.encoders.stages import StagedEncoder, split
+from ssl_exit.errors import InputError
+
+WIDEST = 4096  # entries of an accumulated descriptor; its covariance then takes 134 MB in float64
+
+
+class TappedEncoder(nn.Module):
+    """Stages, and what is read off between them.
+
+    Attributes:
+        staged: the encoder, cut at its exit points.
+        descriptors: one for each exit point.
+        output: pools the encoder's output to final features, (N, F): vectors as they are, maps and tokens by
+            their average.
+        accumulate: whether an exit sees the descriptors of all earlier exits beside its own.
+    """
+
+    def __init__(
+        self, staged: StagedEncoder, descriptors: Sequence[Descriptor], output: Descriptor, accumulate: bool
+    ) -> None:
+        super().__init__()
+        self.staged = staged
+        self.descriptors = list(descriptors)
+        self.output = output
+        self.accumulate = accumulate
+        ends = [0]
+        for descriptor in self.descriptors:
+            ends.append(ends[-1] + descriptor.dim)
+        self.columns = [slice(0 if accumulate else a, b) for a, b in pairwise(ends)]
+        self.dim = ends[-1]
+
+    @classmethod
+    def build(
+        cls,
+        encoder: nn.Module | Sequence[nn.Module],
+        exits: Sequence[str] | str,
+        example: Tensor,
+        *,
+        descriptor: str | Sequence[str] = "auto",
+        accumulate: bool = True,
+        normalize: bool = False,
+    ) -> "TappedEncoder":
+        """Cut an encoder and choose its descriptors; parameters are shared with it.
+
+        Args:
+            encoder: the network, or a list of modules that are its stages.
+            exits: names of exit points, or "auto".
+            example: images as the encoder takes them, (N, C, H, W).
+            descriptor: "average", "pyramid" or "tokens"; a list of those, one an exit; or "auto": the pyramid
+                for maps and tokens for sequences if all descriptors together have at most 4,096 entries, else
+                the average.
+            accumulate: let each exit see the descriptors of earlier exits too (see `columns`); where they would
+                have more than 4,096 entries, each exit sees its own.
+            normalize: divide each descriptor by its L2 norm.
+
+        Raises:
+            InputError: from `split`, or a descriptor that does not fit.
+        """
+        staged = split(encoder, exits, example)
+        if not staged.exit_points:
+            raise InputError(
+                "the encoder has no exit point between 5 % and 95 % of its cost; name exits yourself, see "
+                "list_exits(encoder, example)"
+            )
+        image = (example.shape[-2], example.shape[-1])
+        shapes = [point.shape for point in staged.exit_points]
+        layouts = [layout_of(shape, image) for shape in shapes]
+        if descriptor == "auto":
+            rich = ["tokens" if layout == "tokens" else "pyramid" for layout in layouts]
+            kinds = rich
+            if sum(Descriptor(*args).dim for args in zip(rich, shapes, layouts, strict=True)) > WIDEST:
+                kinds = ["average"] * len(shapes)
+        else:
+            kinds = [descriptor] * len(shapes) if isinstance(descriptor, str) else list(descriptor)
+        descriptors = [Descriptor(*args, normalize) for args in zip(kinds, shapes, layouts, strict=True)]
+        accumulate = accumulate and sum(d.dim for d in descriptors) <= WIDEST
+        with torch.no_grad():
+            shape = tuple(staged.eval()(example[:1]).shape[1:])
+        layout = layout_of(shape, image)
+        return cls(staged, descriptors, Descriptor("average", shape, layout), accumulate)
+
+    @property
+    def seen(self) -> list[int]:
+        """Entries of the descriptor that each exit sees."""
+        return [columns.stop - columns.start for columns in self.columns]
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """All descriptors side by side, (N, dim), and final features, (N, F)."""
+        *tensors, output = self.staged.tensors(images)
+        described = [d(t) for d, t in zip(self.descriptors, tensors, strict=True)]
+        return torch.cat(described, dim=1), self.output(output)

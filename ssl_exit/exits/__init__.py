@@ -1,0 +1,1 @@
+"""The mathematics of exits: k-means, statistics, rules, thresholds and the certificate."""

@@ -1,0 +1,118 @@
+"""k-means by FAISS, and the matching of one set of clusters to another."""
+
+import faiss
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor, nn
+
+from ssl_exit.errors import InputError
+
+
+def kmeans(
+    x: np.ndarray,
+    n_clusters: int,
+    *,
+    spherical: bool = False,
+    restarts: int = 5,
+    iterations: int = 50,
+    seed: int = 0,
+    weights: np.ndarray | None = None,
+) -> tuple[np.ndarray, float]:
+    """Lloyd's k-means on all of `x`; of several starts the best objective wins.
+
+    FAISS refills a cluster that runs empty by splitting a large one, so every centroid is used.
+
+    Args:
+        x: points, (N, D); for spherical k-means of unit length.
+        n_clusters: K.
+        spherical: keep centroids at unit length (cosine instead of Euclidean distance).
+        restarts: independent starts.
+        iterations: Lloyd steps a start.
+        seed: of the first start; the others follow.
+        weights: how much each point counts, (N,).
+
+    Returns:
+        Centroids, (K, D) float32, and the inertia: the (weighted) sum of squared distances to the nearest.
+
+    Raises:
+        InputError: more clusters than points, or points or weights that are not finite.
+    """
+    x = np.ascontiguousarray(x, dtype=np.float32)
+    if not 1 <= n_clusters <= len(x):
+        raise InputError(
+            f"k-means needs 1 <= n_clusters <= number of points; got n_clusters={n_clusters} and {len(x)} points: "
+            "lower n_clusters or give more images"
+        )
+    if not np.isfinite(x).all():
+        raise InputError("k-means needs finite points; remove those that are NaN or infinite")
+    if weights is not None:
+        weights = np.ascontiguousarray(weights, dtype=np.float32)
+        if weights.shape != (len(x),) or not np.isfinite(weights).all() or weights.min() < 0 or weights.sum() == 0:
+            raise InputError(f"weights must be {len(x)} finite numbers >= 0, not all 0; got shape {weights.shape}")
+    clustering = faiss.Kmeans(
+        x.shape[1],
+        n_clusters,
+        niter=iterations,
+        nredo=restarts,
+        seed=seed,
+        spherical=spherical,
+        min_points_per_centroid=1,
+        max_points_per_centroid=len(x),  # never subsample: which points were seen is the caller's choice
+    )
+    clustering.train(x, weights=weights)
+    centroids = clustering.centroids
+    assert centroids is not None
+    squared, _ = faiss.knn(x, centroids, 1)
+    inertia = float(np.sum(squared[:, 0] * (1 if weights is None else weights), dtype=np.float64))
+    return centroids, inertia
+
+
+def match_clusters(counts: np.ndarray) -> np.ndarray:
+    """The one-to-one assignment that keeps the most images (Hungarian method).
+
+    Args:
+        counts: images in cluster i of the first clustering and j of the second, (K, K).
+
+    Returns:
+        For each cluster of the first clustering its partner in the second, (K,).
+    """
+    rows, columns = linear_sum_assignment(counts, maximize=True)
+    partner = np.empty(len(counts), dtype=np.int64)
+    partner[rows] = columns
+    return partner
+
+
+class FinalClusters(nn.Module):
+    """Nearest final centroid: the answer the whole encoder gives.
+
+    Attributes:
+        centroids: (K, D); of unit length if `spherical`.
+        spherical: compare directions: features are divided by their L2 norm first.
+    """
+
+    centroids: Tensor
+
+    def __init__(self, centroids: Tensor, spherical: bool) -> None:
+        super().__init__()
+        self.register_buffer("centroids", centroids)
+        self.spherical = spherical
+
+    @classmethod
+    def fit(cls, features: Tensor, n_clusters: int, *, spherical: bool, seed: int) -> "FinalClusters":
+        """Cluster final features, (N, D), which must be finite (see `kmeans`)."""
+        points = F.normalize(features, dim=1) if spherical else features
+        centroids, _ = kmeans(points.numpy(), n_clusters, spherical=spherical, seed=seed)
+        return cls(torch.from_numpy(centroids), spherical)
+
+    @property
+    def macs(self) -> int:
+        return self.centroids.numel()
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Labels, (N,) int64, of final features, (N, D); -1 where a feature is not finite."""
+        points = F.normalize(features, dim=1) if self.spherical else features
+        half_norms = self.centroids.square().sum(1) / 2
+        labels = torch.addmm(-half_norms, points, self.centroids.T).argmax(1)
+        return torch.where(features.isfinite().all(1), labels, -1)

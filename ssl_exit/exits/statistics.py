@@ -1,0 +1,72 @@
+"""Mergeable statistics of descriptors: everything a centroid exit is made of is a sum over images."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ssl_exit.errors import InputError
+
+
+@dataclass
+class ClusterStatistics:
+    """Counts, sums and a scatter of descriptors by final cluster; two of them merge by addition.
+
+    The within-cluster covariance follows without a second pass: the scatter about zero minus
+    sum_k counts_k mean_k mean_k^T.
+
+    Attributes:
+        counts: images of each cluster, (K,) float64.
+        sums: sum of their descriptors, (K, D) float64.
+        scatter: sum of x x^T over all images, (D, D) float64, or None where no rule needs it.
+    """
+
+    counts: Tensor
+    sums: Tensor
+    scatter: Tensor | None
+
+    @classmethod
+    def empty(cls, n_clusters: int, dim: int, *, scatter: bool = True) -> "ClusterStatistics":
+        counts, sums = torch.zeros(n_clusters).double(), torch.zeros(n_clusters, dim).double()
+        return cls(counts, sums, torch.zeros(dim, dim).double() if scatter else None)
+
+    def add(self, x: Tensor, labels: Tensor) -> None:
+        """Count images in: descriptors, (N, D), and their final clusters, (N,) int64."""
+        x, labels = x.cpu(), labels.cpu()
+        self.counts += torch.bincount(labels, minlength=len(self.counts))
+        self.sums.index_add_(0, labels, x.double())
+        if self.scatter is not None:
+            self.scatter += x.T @ x
+
+    def __add__(self, other: "ClusterStatistics") -> "ClusterStatistics":
+        """The statistics of both sets of images.
+
+        Raises:
+            InputError: they differ in clusters, dimensions or in having a scatter.
+        """
+        if self.sums.shape != other.sums.shape or (self.scatter is None) != (other.scatter is None):
+            raise InputError(
+                f"statistics of different shapes cannot be merged: {tuple(self.sums.shape)} and "
+                f"{tuple(other.sums.shape)} (clusters, dimensions), both with a scatter or both without"
+            )
+        scatter = None if self.scatter is None or other.scatter is None else self.scatter + other.scatter
+        return ClusterStatistics(self.counts + other.counts, self.sums + other.sums, scatter)
+
+    def leading(self, dim: int) -> "ClusterStatistics":
+        """The same for the first `dim` entries of every descriptor (views, no copies)."""
+        scatter = None if self.scatter is None else self.scatter[:dim, :dim]
+        return ClusterStatistics(self.counts, self.sums[:, :dim], scatter)
+
+    @property
+    def means(self) -> Tensor:
+        """Mean descriptor of each cluster, (K, D) float64; the mean of all images where a cluster has none."""
+        overall = self.sums.sum(0) / self.counts.sum()
+        return torch.where(self.counts[:, None] > 0, self.sums / self.counts[:, None].clamp(min=1), overall)
+
+    @property
+    def within_covariance(self) -> Tensor:
+        """Covariance about the cluster means, shared by all clusters, (D, D) float64."""
+        if self.scatter is None:
+            raise InputError("these statistics were collected without a scatter; collect them with scatter=True")
+        means = self.sums / self.counts[:, None].clamp(min=1)
+        return (self.scatter - self.sums.T @ means) / self.counts.sum()

@@ -1,0 +1,1 @@
+"""Cost, metrics and evaluation."""

@@ -1,0 +1,133 @@
+"""What early exit did to a set of images: agreement, cost, and where images left."""
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from ssl_exit.cascade import Cascade, ExitResult, _Run
+from ssl_exit.data.images import Batch
+from ssl_exit.measure.metrics import against_targets, agreement
+from ssl_exit.measure.timing import now
+
+
+@dataclass(frozen=True)
+class ExitShare:
+    """What left at one exit.
+
+    Attributes:
+        name: of the exit point; "end" for the end of the encoder.
+        cost: multiply-adds spent when leaving here / those of the whole encoder.
+        share: of all usable images, how many left here.
+        agreement: of those, how many got the whole encoder's label; NaN if none left.
+    """
+
+    name: str
+    cost: float
+    share: float
+    agreement: float
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Early exit beside the whole encoder, on the same images in the same run.
+
+    Attributes:
+        n: images that could be used.
+        agreement: share of them whose label equals the whole encoder's.
+        cost_macs: multiply-adds / those of the whole encoder, exits' own included.
+        cost_time: seconds / those of the whole encoder, decoding left out of both.
+        images_per_second: with early exit.
+        images_per_second_full: of the whole encoder.
+        metrics: acc, nmi, ari of the early-exit labels and acc_full, nmi_full, ari_full of the whole
+            encoder's; empty without ground truth.
+        exits: one row an exit, and the end.
+        result: what became of each image.
+        full_labels: labels of the whole encoder, (N,).
+    """
+
+    n: int
+    agreement: float
+    cost_macs: float
+    cost_time: float
+    images_per_second: float
+    images_per_second_full: float
+    metrics: dict[str, float]
+    exits: list[ExitShare]
+    result: ExitResult
+    full_labels: np.ndarray
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the labels of single images, ready for JSON (NaN becomes None)."""
+        rows = [{k: None if v != v else v for k, v in asdict(row).items()} for row in self.exits]
+        return {
+            "n": self.n,
+            "skipped": len(self.result.skipped),
+            "agreement": self.agreement,
+            "cost_macs": self.cost_macs,
+            "cost_time": self.cost_time,
+            "images_per_second": self.images_per_second,
+            "images_per_second_full": self.images_per_second_full,
+            **self.metrics,
+            "exits": rows,
+        }
+
+
+@torch.inference_mode()
+def evaluate(
+    cascade: Cascade, batches: Iterable[Batch], n: int, batch_size: int, targets: np.ndarray | None = None
+) -> Evaluation:
+    """Run the whole encoder and the cascade over the same batches, in turns, and compare.
+
+    Args:
+        cascade: a fitted one.
+        batches: images with positions 0 to n - 1.
+        n: how many there are.
+        batch_size: images a stage runs on at a time.
+        targets: ground truth, (n,), for ACC, NMI and ARI; used here only.
+    """
+    device = cascade.thresholds.device
+    run = _Run(cascade, n, batch_size)
+    full = np.full(n, -1, dtype=np.int64)
+    seconds = {"early": 0.0, "full": 0.0}
+
+    def whole(batch: Batch) -> None:
+        labels, _ = cascade.full([batch], n)
+        full[batch.indices.numpy()] = labels[batch.indices.numpy()]
+
+    for i, batch in enumerate(batches):
+        steps = {"early": run.push, "full": whole}
+        for name in list(steps)[:: 1 if i % 2 else -1]:  # take turns at going first
+            start = now(device)
+            steps[name](batch)
+            seconds[name] += now(device) - start
+    start = now(device)
+    result = run.finish()
+    seconds["early"] += now(device) - start
+
+    good = result.labels >= 0
+    metrics: dict[str, float] = {}
+    if targets is not None:
+        metrics = against_targets(result.labels[good], targets[good])
+        metrics |= {f"{k}_full": v for k, v in against_targets(full[good], targets[good]).items()}
+    names = [point.name for point in cascade.tapped.staged.exit_points] + ["end"]
+    rows = []
+    for e, (name, cost) in enumerate(zip(names, cascade.costs, strict=True)):
+        here = good & (result.exits == e)
+        same = agreement(result.labels[here], full[here]) if here.any() else float("nan")
+        rows.append(ExitShare(name, float(cost), float(here[good].mean()), same))
+    count = int(good.sum())
+    return Evaluation(
+        n=count,
+        agreement=agreement(result.labels[good], full[good]),
+        cost_macs=float(result.cost[good].mean()),
+        cost_time=seconds["early"] / seconds["full"],
+        images_per_second=count / seconds["early"],
+        images_per_second_full=count / seconds["full"],
+        metrics=metrics,
+        exits=rows,
+        result=result,
+        full_labels=full,
+    )
