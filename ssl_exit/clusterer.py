@@ -26,7 +26,7 @@ from ssl_exit.exits.certificate import certify
 from ssl_exit.exits.kmeans import FinalClusters
 from ssl_exit.exits.rules import ExitRule, rule_named
 from ssl_exit.exits.statistics import ClusterStatistics
-from ssl_exit.exits.thresholds import Recorded, threshold_path
+from ssl_exit.exits.thresholds import Recorded, threshold_path, trade_off
 from ssl_exit.measure.evaluation import Evaluation, evaluate
 from ssl_exit.measure.timing import stage_seconds
 
@@ -55,7 +55,8 @@ class ExitClusterer(BaseEstimator):
         normalize: divide descriptors by their L2 norm.
         spherical: compare final features by direction (cosine) instead of Euclidean distance.
         preprocessing: for folders and uint8 images; float tensors are taken as they are.
-        holdout: share of the images that fit() keeps for calibrate().
+        holdout: share of the images that fit() keeps for calibrate(); with 0 nothing exits early until
+            calibrate(data) is called.
         num_workers: processes that decode images.
         progress: show progress bars on a terminal.
 
@@ -63,6 +64,7 @@ class ExitClusterer(BaseEstimator):
         exit_points_: list of ExitPoint.
         cluster_centers_: final centroids, (K, F) float32.
         certificate_: what calibrate() showed.
+        threshold_path_: settings that calibrate() considered, (S, E, K); not saved.
         skipped_: position and reason of images that fit() could not use.
         n_fit_: images behind the statistics; n_sample_: of those, images that k-means saw.
         stage_seconds_, exit_seconds_: measured seconds an image of each stage and of each exit, (E + 1,) each.
@@ -203,6 +205,15 @@ class ExitClusterer(BaseEstimator):
         _warn_of(found.result.skipped, len(source))
         return found
 
+    def trade_off(self, data: ImageData) -> tuple[np.ndarray, np.ndarray]:
+        """Cost and agreement on these images of every setting that calibrate() considered, (S,) and (S,)."""
+        self._check_fitted()
+        if not hasattr(self, "threshold_path_"):
+            raise NotFittedError("a loaded model keeps its thresholds but not the path to them; call calibrate(data)")
+        source = self._open(data)
+        recorded = self.cascade_.record(self._batches(source, np.arange(len(source)), "record"), len(source))
+        return trade_off(self.threshold_path_, recorded, self.cascade_.costs)
+
     def save(self, folder: str | Path) -> None:
         """Write the model into a new folder, or over a model that is there (see `ssl_exit.load`)."""
         from ssl_exit.storage import save
@@ -216,6 +227,11 @@ class ExitClusterer(BaseEstimator):
         return self.cascade_.tapped.staged.exit_points
 
     @property
+    def exit_names_(self) -> list[str]:
+        """Names for the numbers in ExitResult.exits: the exit points, and "end"."""
+        return [*(point.name for point in self.exit_points_), "end"]
+
+    @property
     def cluster_centers_(self) -> np.ndarray:
         self._check_fitted()
         return self.cascade_.final.centroids.cpu().numpy()
@@ -225,11 +241,11 @@ class ExitClusterer(BaseEstimator):
         shaping, certifying = np.split(held, [round(SHAPING * len(held))])
         recorded = self._record(source, shaping)
         costs = self.cascade_.costs
-        path = threshold_path(recorded, costs, self.n_clusters)
+        self.threshold_path_ = path = threshold_path(recorded, costs, self.n_clusters)
         proof = self.cascade_.record(self._batches(source, certifying, "certify"), len(certifying))
         thresholds, self.certificate_ = certify(path, proof, self.max_disagreement, self.confidence)
         self.cascade_.thresholds.copy_(torch.from_numpy(thresholds))
-        if self.certificate_.early == 0:
+        if len(held) and self.certificate_.early == 0:
             warnings.warn(str(self.certificate_), stacklevel=3)
 
     def _record(self, source: ImageSource, shaping: np.ndarray) -> Recorded:
@@ -279,10 +295,12 @@ class ExitClusterer(BaseEstimator):
             value = getattr(self, name)
             if not isinstance(value, (int, np.integer)) or value < least:
                 raise InputError(f"{name} must be a whole number >= {least}; got {value!r}")
-        for name in ("max_disagreement", "confidence", "holdout"):
+        for name in ("max_disagreement", "confidence"):
             value = getattr(self, name)
             if not 0 < value < 1:
                 raise InputError(f"{name} must lie between 0 and 1; got {value!r}")
+        if not 0 <= self.holdout < 1:
+            raise InputError(f"holdout must be at least 0 and below 1; got {self.holdout!r}")
 
     def _device(self) -> torch.device:
         if self.device == "auto":

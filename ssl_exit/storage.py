@@ -6,6 +6,7 @@ exits.safetensors     rules, final centroids, thresholds, stage times
 """
 
 import copy
+import csv
 import hashlib
 import json
 import os
@@ -21,7 +22,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ssl_exit.cascade import Cascade
+from ssl_exit.cascade import Cascade, ExitResult
 from ssl_exit.clusterer import ExitClusterer
 from ssl_exit.data.preprocessing import Preprocessing
 from ssl_exit.encoders.build import EncoderSpec
@@ -209,3 +210,16 @@ def whole_file(file: Path) -> Iterator[Path]:
         os.replace(draft, file)
     finally:
         draft.unlink(missing_ok=True)
+
+
+def write_labels(file: Path, names: Sequence[str], result: ExitResult, exit_names: Sequence[str]) -> None:
+    """Write one row an image, in input order: path, label, exit, score.
+
+    An image that could not be used has label -1 and neither exit nor score.
+    """
+    with whole_file(file) as draft, draft.open("w", newline="") as f:
+        rows = csv.writer(f)
+        rows.writerow(("path", "label", "exit", "score"))
+        for name, label, exit_, score in zip(names, result.labels, result.exits, result.scores, strict=True):
+            used = label >= 0
+            rows.writerow((name, label, exit_names[exit_] if used else "", f"{score:.6f}" if used else ""))

@@ -43,6 +43,13 @@ def simulate(recorded: Recorded, thresholds: np.ndarray) -> tuple[np.ndarray, np
     return with_end[np.arange(n), exits], exits
 
 
+def trade_off(path: np.ndarray, recorded: Recorded, costs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean cost and agreement of every setting of a path: thresholds (S, E, K), costs (E + 1,) -> (S,), (S,)."""
+    answers = [simulate(recorded, thresholds) for thresholds in path]
+    cost = np.array([costs[exits].mean() for _, exits in answers])
+    return cost, np.array([(labels == recorded.final).mean() for labels, _ in answers])
+
+
 def threshold_path(
     recorded: Recorded, costs: np.ndarray, n_clusters: int, steps: int = 40, between: int = 8
 ) -> np.ndarray:

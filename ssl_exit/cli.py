@@ -1,0 +1,203 @@
+"""The command line: ssl-exit demo | fit | predict | evaluate | list-exits, each with --help and --config."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import auto_cli
+
+from ssl_exit.clusterer import ExitClusterer
+from ssl_exit.data.images import FolderImages
+from ssl_exit.data.preprocessing import Preprocessing
+from ssl_exit.encoders import graph
+from ssl_exit.encoders.build import EncoderSpec
+from ssl_exit.errors import InputError
+from ssl_exit.report.tables import exit_points_table, exit_table, summary, text_table
+from ssl_exit.storage import load, whole_file, write_labels
+
+IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+
+
+def demo(out: str | None = None, seed: int = 0, epochs: int = 60) -> None:
+    """Train an encoder on handwritten digits without labels and cluster unseen ones with early exits.
+
+    Needs no network and no GPU; takes about a minute.
+
+    Args:
+        out: folder to write the model, labels.csv, report.json and exits.png into.
+        seed: of the split, the training and the clustering.
+        epochs: passes over the images in training.
+    """
+    from ssl_exit.demo import run_demo
+
+    run_demo(Path(out) if out else None, seed, epochs)
+
+
+def fit(
+    encoder: str,
+    data: str,
+    out: str,
+    weights: str | None = None,
+    n_clusters: int = 10,
+    exits: str | list[str] = "auto",
+    rule: str = "centroid",
+    max_disagreement: float = 0.02,
+    confidence: float = 0.95,
+    size: int = 224,
+    crop: float = 1.0,
+    mean: list[float] = IMAGENET_MEAN,
+    std: list[float] = IMAGENET_STD,
+    descriptor: str = "auto",
+    accumulate: bool = True,
+    normalize: bool = False,
+    spherical: bool = True,
+    holdout: float = 0.2,
+    batch_size: int = 256,
+    num_workers: int = 0,
+    device: str = "auto",
+    seed: int = 0,
+) -> None:
+    """Fit clusters, exits and thresholds to a folder of unlabelled images, and save the model.
+
+    Args:
+        encoder: a torchvision architecture, timm:NAME, resnet20_cifar, resnet56_cifar, or module:function.
+        data: folder of images, searched recursively; no labels are used.
+        out: folder for the model.
+        weights: weights file (.safetensors, .pt, .pth, .ckpt), or DEFAULT to download.
+        n_clusters: number of clusters.
+        exits: "auto", or names of exit points (see list-exits).
+        rule: centroid, euclidean, e2cm, kmeans or prototypes.
+        max_disagreement: share of images whose label may differ from the whole encoder's.
+        confidence: with which that must hold.
+        size: height and width in pixels of what the encoder sees.
+        crop: share of the shorter side kept by the centre crop.
+        mean: per channel, of pixels in [0, 1]; one entry for grey images.
+        std: per channel, of pixels in [0, 1].
+        descriptor: auto, average, pyramid or tokens.
+        accumulate: let an exit see the descriptors of earlier exits too.
+        normalize: divide descriptors by their L2 norm.
+        spherical: compare final features by direction.
+        holdout: share of the images kept for thresholds and certificate.
+        batch_size: images a stage runs on at a time.
+        num_workers: processes that decode images.
+        device: auto, cpu, cuda, cuda:1, ...
+        seed: of the hold-out split, the order of images and k-means.
+    """
+    imported = ":" in encoder and not encoder.startswith("timm:")
+    if weights is None and not imported:
+        raise InputError(f"encoder {encoder!r} needs --weights: a weights file, or DEFAULT to download")
+    c = ExitClusterer(
+        EncoderSpec(encoder, weights),
+        n_clusters=n_clusters,
+        exits=exits,
+        rule=rule,
+        max_disagreement=max_disagreement,
+        confidence=confidence,
+        batch_size=batch_size,
+        device=device,
+        random_state=seed,
+        descriptor=descriptor,
+        accumulate=accumulate,
+        normalize=normalize,
+        spherical=spherical,
+        preprocessing=Preprocessing(size, tuple(mean), tuple(std), crop),
+        holdout=holdout,
+        num_workers=num_workers,
+    )
+    c.fit(data)
+    c.save(out)
+    _list_skipped(c.skipped_, FolderImages(Path(data), c.preprocessing).paths)
+    seconds = (c.stage_seconds_.cumsum() + c.exit_seconds_.cumsum()) / c.stage_seconds_.sum()
+    rows = [
+        (name, f"{macs:.3f}", f"{time:.3f}")
+        for name, macs, time in zip(c.exit_names_, c.cascade_.costs, seconds, strict=True)
+    ]
+    print(text_table(("exit", "cost, multiply-adds", "cost, measured time"), rows))
+    print(
+        f"{c.n_clusters} clusters of {'directions of ' * c.spherical}final features; k-means saw {c.n_sample_} of "
+        f"{c.n_fit_} images\ncertificate: {c.certificate_}\nmodel written to {out}"
+    )
+
+
+def predict(model: str, data: str, out: str = "labels.csv", num_workers: int = 0, device: str = "auto") -> None:
+    """Cluster a folder of images with early exits.
+
+    Args:
+        model: folder that fit wrote.
+        data: folder of images, searched recursively.
+        out: CSV file: path, label, exit, score; label -1 for an image that cannot be used.
+        num_workers: processes that decode images.
+        device: auto, cpu, cuda, cuda:1, ...
+    """
+    c = load(model, device=device)
+    c.num_workers = num_workers
+    paths = FolderImages(Path(data), c.preprocessing).paths
+    result = c.run(data)
+    write_labels(Path(out), paths, result, c.exit_names_)
+    _list_skipped(result.skipped, paths)
+    good = result.labels >= 0
+    print(
+        f"{good.sum()} images clustered at mean cost {result.cost[good].mean():.3f} of the whole encoder's "
+        f"multiply-adds, {len(result.skipped)} skipped; written to {out}"
+    )
+
+
+def evaluate(model: str, data: str, out: str | None = None, num_workers: int = 0, device: str = "auto") -> None:
+    """Compare early exit with the whole encoder on a folder of images.
+
+    With one sub-folder a class, ACC, NMI and ARI are reported too.
+
+    Args:
+        model: folder that fit wrote.
+        data: folder of images that fit did not see.
+        out: JSON file for the report.
+        num_workers: processes that decode images.
+        device: auto, cpu, cuda, cuda:1, ...
+    """
+    c = load(model, device=device)
+    c.num_workers = num_workers
+    folder = FolderImages(Path(data), c.preprocessing)
+    found = c.evaluate(data, folder.targets)
+    _list_skipped(found.result.skipped, folder.paths)
+    print(f"{exit_table(found)}\n\n{summary(found)}\ncertificate               {c.certificate_}")
+    if out:
+        with whole_file(Path(out)) as draft:
+            draft.write_text(json.dumps(found.to_dict() | {"certificate": c.certificate_.to_dict()}, indent=1) + "\n")
+
+
+def list_exits(encoder: str, size: int = 224, channels: int = 3) -> None:
+    """List the exit points of an encoder: name, shape of the tensor there, cost so far.
+
+    Args:
+        encoder: a torchvision architecture, timm:NAME, resnet20_cifar, resnet56_cifar, or module:function.
+        size: height and width in pixels of what the encoder sees.
+        channels: 3 for RGB, 1 for grey images.
+    """
+    points = graph.list_exits(EncoderSpec(encoder).build(), torch.zeros(1, channels, size, size))
+    print(exit_points_table(points))
+
+
+def _list_skipped(skipped: dict[int, str], paths: list[str]) -> None:
+    for position, reason in sorted(skipped.items()):
+        print(f"skipped {paths[position]}: {reason}", file=sys.stderr)
+
+
+COMMANDS: dict[str, Any] = {
+    "demo": demo,
+    "fit": fit,
+    "predict": predict,
+    "evaluate": evaluate,
+    "list-exits": list_exits,
+}
+
+
+def main(args: list[str] | None = None) -> None:
+    """Entry point of `ssl-exit`; wrong input ends with one line and status 2."""
+    try:
+        auto_cli(COMMANDS, args=args, description="Label-free early exit for clustering with self-supervised encoders.")
+    except InputError as error:
+        sys.exit(f"ssl-exit: error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("ssl-exit: interrupted; nothing half-written was left")
