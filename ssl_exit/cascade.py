@@ -5,7 +5,8 @@ deepest first, so every stage runs at one shape and memory stays below two batch
 flushed at the end. A single batch goes through directly, its survivors compacted after every stage.
 """
 
-from collections.abc import Iterable
+import copy
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -100,24 +101,60 @@ class Cascade(nn.Module):
                 labels[batch.indices.numpy()] = self.final(self.tapped.output(output)).cpu().numpy()
         return labels, skipped | _not_finite(labels, skipped)
 
-    @torch.inference_mode()
     def record(self, batches: Iterable[Batch], n: int) -> Recorded:
-        """Labels and scores of all n images at every exit, without leaving; images that cannot be used drop out."""
+        """Labels and scores of n images at every exit, without leaving; images that cannot be used drop out."""
         e = len(self.rules)
         labels, scores = np.zeros((n, e), dtype=np.int64), np.full((n, e), np.nan, dtype=np.float32)
         final = np.full(n, -1, dtype=np.int64)
+        for rows, each_exit, end in self._visits(batches):
+            final[rows] = end.cpu().numpy()
+            for i, (rule, logits) in enumerate(zip(self.exit_rules, each_exit, strict=True)):
+                label, score = rule.decide(logits)
+                labels[rows, i], scores[rows, i] = label.cpu().numpy(), score.cpu().numpy()
+        good = final >= 0
+        return Recorded(labels[good], scores[good], final[good])
+
+    def logits(self, batches: Iterable[Batch], n: int) -> tuple[Tensor, Tensor]:
+        """Logits of n images at every exit, (n, E, K), and final labels, (n,); unusable images drop out."""
+        logits = torch.full((n, *self.thresholds.shape), torch.nan)
+        final = torch.full((n,), -1)
+        for rows, each_exit, end in self._visits(batches):
+            final[rows] = end.cpu()
+            for i, one in enumerate(each_exit):
+                logits[rows, i] = one.cpu()
+        good = (final >= 0) & logits.isfinite().flatten(1).all(1)
+        return logits[good], final[good]
+
+    def fit_temperatures(self, logits: Tensor, final: Tensor) -> Recorded:
+        """Set the temperature of every rule; logits (n, E, K), final labels (n,).
+
+        Returns:
+            The labels and scores of those images under the new temperatures.
+        """
+        labels, scores = torch.zeros(logits.shape[:2], dtype=torch.int64), torch.zeros(logits.shape[:2])
+        for i, rule in enumerate(self.exit_rules):
+            if len(final):
+                rule.fit_temperature(logits[:, i], final)
+                label, score = rule.decide(logits[:, i].to(rule.temperature.device))
+                labels[:, i], scores[:, i] = label.cpu(), score.cpu()
+        return Recorded(labels.numpy(), scores.numpy(), final.numpy())
+
+    def with_own_rules(self) -> "Cascade":
+        """The same encoder with copies of the rules, and thresholds that let nothing exit."""
+        fresh = Cascade(self.tapped, copy.deepcopy(self.exit_rules), self.final)
+        return fresh.to(self.thresholds.device)
+
+    @torch.inference_mode()
+    def _visits(self, batches: Iterable[Batch]) -> Iterator[tuple[slice, list[Tensor], Tensor]]:
+        """Per batch: rows so far, logits at every exit, (N, K) each, and labels at the end, (N,)."""
         at = 0
         for batch in batches:
             if len(batch.indices) == 0:
                 continue
             rows = slice(at, at := at + len(batch.indices))
-            descriptors, features = self.tapped(self._to_device(batch.images))
-            final[rows] = self.final(features).cpu().numpy()
-            for i, (rule, columns) in enumerate(zip(self.exit_rules, self.tapped.columns, strict=True)):
-                label, score = rule(descriptors[:, columns])
-                labels[rows, i], scores[rows, i] = label.cpu().numpy(), score.cpu().numpy()
-        good = final >= 0
-        return Recorded(labels[good], scores[good], final[good])
+            described, features = self.tapped(self._to_device(batch.images))
+            columns = zip(self.exit_rules, self.tapped.columns, strict=True)
+            yield rows, [rule.logits(described[:, seen]) for rule, seen in columns], self.final(features)
 
     def _to_device(self, images: Tensor) -> Tensor:
         return images.to(self.thresholds.device, non_blocking=True)

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -194,10 +195,24 @@ COMMANDS: dict[str, Any] = {
 
 
 def main(args: list[str] | None = None) -> None:
-    """Entry point of `ssl-exit`; wrong input ends with one line and status 2."""
+    """Entry point of `ssl-exit`: options may be written --n-clusters or --n_clusters.
+
+    Wrong input ends with one line on stderr and status 2, an interrupt with status 130.
+    """
+    words = [_underscored(word) for word in (sys.argv[1:] if args is None else args)]
+    warnings.formatwarning = lambda message, *_args, **_kwargs: f"ssl-exit: {message}\n"  # type: ignore[assignment]
+    about = "Label-free early exit for clustering with self-supervised encoders."
     try:
-        auto_cli(COMMANDS, args=args, description="Label-free early exit for clustering with self-supervised encoders.")
+        auto_cli(COMMANDS, args=words, as_positional=False, description=about)
     except InputError as error:
-        sys.exit(f"ssl-exit: error: {error}")
+        print(f"ssl-exit: error: {error}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
-        sys.exit("ssl-exit: interrupted; nothing half-written was left")
+        print("ssl-exit: interrupted; nothing half-written was left", file=sys.stderr)
+        sys.exit(130)
+
+
+def _underscored(word: str) -> str:
+    """--n-clusters=5 -> --n_clusters=5"""
+    name, equals, value = word.partition("=")
+    return "--" + name[2:].replace("-", "_") + equals + value if name.startswith("--") else word

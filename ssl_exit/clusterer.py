@@ -4,34 +4,29 @@ import copy
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from sklearn.base import BaseEstimator
 from sklearn.exceptions import NotFittedError
 from sklearn.utils.validation import check_is_fitted
-from torch import Tensor, nn
+from torch import nn
 from tqdm.auto import tqdm
 
-from ssl_exit.cascade import Cascade, ExitResult
+from ssl_exit.cascade import ExitResult
 from ssl_exit.data.images import Batch, ImageData, ImageSource, open_images
 from ssl_exit.data.preprocessing import Preprocessing
 from ssl_exit.encoders.build import EncoderSpec
 from ssl_exit.encoders.graph import ExitPoint, as_module
 from ssl_exit.encoders.tapped import TappedEncoder
 from ssl_exit.errors import InputError
-from ssl_exit.exits import centroid, means, own_clusters  # noqa: F401  (registers the rules)
 from ssl_exit.exits.certificate import certify
-from ssl_exit.exits.kmeans import FinalClusters
-from ssl_exit.exits.rules import ExitRule, rule_named
-from ssl_exit.exits.statistics import ClusterStatistics
-from ssl_exit.exits.thresholds import Recorded, threshold_path, trade_off
+from ssl_exit.exits.rules import rule_named
+from ssl_exit.exits.thresholds import threshold_path, trade_off
+from ssl_exit.fitting import first_images, fit_cascade
 from ssl_exit.measure.evaluation import Evaluation, evaluate
 from ssl_exit.measure.timing import stage_seconds
 
-SAMPLE = 10_000  # images at least whose descriptors fit() holds in memory: for k-means and rules that need them
-SAMPLE_BYTES = 1 << 29
 SHAPING = 1 / 3  # share of the held-out images that shape the threshold path; the others certify
 
 
@@ -140,9 +135,10 @@ class ExitClusterer(BaseEstimator):
         source = self._open(data)
         order = np.random.default_rng(self.random_state).permutation(len(source))
         held = order[: round(self.holdout * len(source))]
-        fitted = _Fit(self, source, order[len(held) :]).cascade_with_state()
-        self.__dict__.update(fitted)
-        self._calibrate(source, held)
+        draft = copy.copy(self)  # takes effect when all is done, so that an interrupt loses nothing
+        draft._fit(source, order[len(held) :])
+        draft._calibrate(source, held)
+        self.__dict__.update(draft.__dict__)
         return self
 
     def calibrate(
@@ -156,11 +152,13 @@ class ExitClusterer(BaseEstimator):
             confidence: a new value; the one in use if None.
         """
         self._check_fitted()
-        self.max_disagreement = self.max_disagreement if max_disagreement is None else max_disagreement
-        self.confidence = self.confidence if confidence is None else confidence
-        self._check_parameters()
+        draft = copy.copy(self)
+        draft.max_disagreement = self.max_disagreement if max_disagreement is None else max_disagreement
+        draft.confidence = self.confidence if confidence is None else confidence
+        draft._check_parameters()
         source = self._open(data)
-        self._calibrate(source, np.random.default_rng(self.random_state).permutation(len(source)))
+        draft._calibrate(source, np.random.default_rng(self.random_state).permutation(len(source)))
+        self.__dict__.update(draft.__dict__)
         return self
 
     def predict(self, data: ImageData) -> np.ndarray:
@@ -173,7 +171,7 @@ class ExitClusterer(BaseEstimator):
         source = self._open(data)
         batches = self._batches(source, np.arange(len(source)), "cluster")
         result = self.cascade_.run(batches, len(source), self.batch_size)
-        _warn_of(result.skipped, len(source))
+        _warn_of(result.skipped, source)
         return result
 
     def predict_full(self, data: ImageData) -> np.ndarray:
@@ -182,7 +180,7 @@ class ExitClusterer(BaseEstimator):
         source = self._open(data)
         batches = self._batches(source, np.arange(len(source)), "whole encoder")
         labels, skipped = self.cascade_.full(batches, len(source))
-        _warn_of(skipped, len(source))
+        _warn_of(skipped, source)
         return labels
 
     def fit_predict(self, data: ImageData, y: None = None) -> np.ndarray:
@@ -202,7 +200,7 @@ class ExitClusterer(BaseEstimator):
             raise InputError(f"targets must have shape ({len(source)},), one for each image; got {np.shape(targets)}")
         batches = self._batches(source, np.arange(len(source)), "evaluate")
         found = evaluate(self.cascade_, batches, len(source), self.batch_size, targets)
-        _warn_of(found.result.skipped, len(source))
+        _warn_of(found.result.skipped, source)
         return found
 
     def trade_off(self, data: ImageData) -> tuple[np.ndarray, np.ndarray]:
@@ -236,42 +234,49 @@ class ExitClusterer(BaseEstimator):
         self._check_fitted()
         return self.cascade_.final.centroids.cpu().numpy()
 
-    def _calibrate(self, source: ImageSource, held: np.ndarray) -> None:
-        """Shape a threshold path on some of the held-out images, and walk it on the others."""
-        shaping, certifying = np.split(held, [round(SHAPING * len(held))])
-        recorded = self._record(source, shaping)
-        costs = self.cascade_.costs
-        self.threshold_path_ = path = threshold_path(recorded, costs, self.n_clusters)
-        proof = self.cascade_.record(self._batches(source, certifying, "certify"), len(certifying))
-        thresholds, self.certificate_ = certify(path, proof, self.max_disagreement, self.confidence)
-        self.cascade_.thresholds.copy_(torch.from_numpy(thresholds))
-        if len(held) and self.certificate_.early == 0:
-            warnings.warn(str(self.certificate_), stacklevel=3)
+    def _fit(self, source: ImageSource, order: np.ndarray) -> None:
+        """Final clusters and a rule at every exit, from the images at positions `order`."""
+        self.spec_ = self.encoder if isinstance(self.encoder, EncoderSpec) else None
+        given = self.encoder.build() if isinstance(self.encoder, EncoderSpec) else as_module(self.encoder)
+        self.encoder_ = copy.deepcopy(given).eval()
+        example = first_images(source, order, self.batch_size)
+        self.image_shape_ = tuple(example.shape[1:])
+        tapped = TappedEncoder.build(
+            self.encoder_,
+            self.exits,
+            example,
+            descriptor=self.descriptor,
+            accumulate=self.accumulate,
+            normalize=self.normalize,
+        )
+        tapped = tapped.eval().to(self._device())
+        fitted = fit_cascade(
+            tapped,
+            self._batches(source, order, "fit"),
+            len(order),
+            rule=rule_named(self.rule),
+            n_clusters=self.n_clusters,
+            spherical=self.spherical,
+            seed=self.random_state,
+        )
+        self.cascade_, self.skipped_ = fitted.cascade, fitted.skipped
+        self.n_fit_, self.n_sample_ = fitted.n_fit, fitted.n_sample
+        self.stage_seconds_, self.exit_seconds_ = stage_seconds(self.cascade_, example)
+        _warn_of(self.skipped_, source)
 
-    def _record(self, source: ImageSource, shaping: np.ndarray) -> Recorded:
-        """Labels and scores at every exit, after each rule's temperature is fitted to the same images."""
-        cascade = self.cascade_
-        n, e = len(shaping), len(cascade.rules)
-        logits = torch.full((n, e, self.n_clusters), torch.nan)
-        final = torch.full((n,), -1)
-        at = 0
-        with torch.inference_mode():
-            for batch in self._batches(source, shaping, "calibrate"):
-                if len(batch.indices) == 0:
-                    continue
-                rows = slice(at, at := at + len(batch.indices))
-                descriptors, features = cascade.tapped(batch.images.to(cascade.thresholds.device))
-                final[rows] = cascade.final(features).cpu()
-                for i, (rule, columns) in enumerate(zip(cascade.exit_rules, cascade.tapped.columns, strict=True)):
-                    logits[rows, i] = rule.logits(descriptors[:, columns]).cpu()
-        good = (final >= 0) & logits.isfinite().flatten(1).all(1)
-        logits, final = logits[good], final[good]
-        labels, scores = torch.zeros(len(final), e, dtype=torch.int64), torch.zeros(len(final), e)
-        for i, rule in enumerate(cascade.exit_rules):
-            if len(final):
-                rule.fit_temperature(logits[:, i], final)
-                labels[:, i], scores[:, i] = copy.deepcopy(rule).cpu().decide(logits[:, i])
-        return Recorded(labels.numpy(), scores.numpy(), final.numpy())
+    def _calibrate(self, source: ImageSource, held: np.ndarray) -> None:
+        """Thresholds and certificate from the images at positions `held`; the cascade in use stays as it is."""
+        shaping, certifying = np.split(held, [round(SHAPING * len(held))])
+        cascade = self.cascade_.with_own_rules()
+        logits, final = cascade.logits(self._batches(source, shaping, "calibrate"), len(shaping))
+        recorded = cascade.fit_temperatures(logits, final)
+        path = threshold_path(recorded, cascade.costs, self.n_clusters)
+        proof = cascade.record(self._batches(source, certifying, "certify"), len(certifying))
+        thresholds, certificate = certify(path, proof, self.max_disagreement, self.confidence)
+        cascade.thresholds.copy_(torch.from_numpy(thresholds))
+        self.cascade_, self.certificate_, self.threshold_path_ = cascade, certificate, path
+        if len(held) and certificate.early == 0:
+            warnings.warn(str(certificate), stacklevel=3)
 
     def _open(self, data: ImageData) -> ImageSource:
         return open_images(data, self.preprocessing, self.num_workers)
@@ -308,117 +313,12 @@ class ExitClusterer(BaseEstimator):
         return torch.device(self.device)
 
 
-class _Fit:
-    """One pass over the images: a sample for k-means first, then statistics as they stream by."""
-
-    def __init__(self, clusterer: ExitClusterer, source: ImageSource, order: np.ndarray) -> None:
-        self.params = clusterer
-        self.source, self.order = source, order
-        self.device = clusterer._device()
-        self.skipped: dict[int, str] = {}
-
-    def cascade_with_state(self) -> dict[str, Any]:
-        """The fitted cascade, and what else fit() remembers."""
-        p = self.params
-        example = self._example()
-        spec = p.encoder if isinstance(p.encoder, EncoderSpec) else None
-        given = p.encoder.build() if isinstance(p.encoder, EncoderSpec) else as_module(p.encoder)
-        encoder = copy.deepcopy(given).eval()
-        tapped = TappedEncoder.build(
-            encoder, p.exits, example, descriptor=p.descriptor, accumulate=p.accumulate, normalize=p.normalize
-        )
-        tapped = tapped.eval().to(self.device)
-        rules = [rule_named(p.rule)(dim, p.n_clusters) for dim in tapped.seen]
-        final, statistics, sample, labels = self._collect(tapped, rules)
-        for rule, columns, seen in zip(rules, tapped.columns, statistics, strict=True):
-            rule.fit(seen, sample[:, columns], labels, p.random_state)
-        cascade = Cascade(tapped, rules, final).to(self.device)
-        stages, exits = stage_seconds(cascade, example)
-        _warn_of(self.skipped, len(self.order))
-        return {
-            "cascade_": cascade,
-            "encoder_": encoder,
-            "spec_": spec,
-            "image_shape_": tuple(example.shape[1:]),
-            "stage_seconds_": stages,
-            "exit_seconds_": exits,
-            "skipped_": self.skipped,
-            "n_fit_": int(statistics[0].counts.sum()),
-            "n_sample_": len(sample),
-        }
-
-    def _example(self) -> Tensor:
-        """The first batch with a usable image."""
-        reason = "there are none"
-        for batch in self.source.batches(self.order, self.params.batch_size):
-            if len(batch.indices):
-                return batch.images
-            reason = next(iter(batch.skipped.values()))
-        raise InputError(f"none of the {len(self.order)} images to fit on can be read; for example: {reason}")
-
-    def _collect(
-        self, tapped: TappedEncoder, rules: list[ExitRule]
-    ) -> tuple[FinalClusters, list[ClusterStatistics], Tensor, Tensor]:
-        p = self.params
-        scatter = rules[0].needs_scatter
-        held: tuple[Tensor, Tensor] | None = None
-        filled, final = 0, None
-        statistics: list[ClusterStatistics] = []
-
-        def count(descriptors: Tensor, labels: Tensor) -> None:
-            parts = [slice(None)] if tapped.accumulate else tapped.columns
-            for part, into in zip(parts, statistics, strict=True):
-                into.add(descriptors[:, part], labels)
-
-        for descriptors, features in self._described(tapped):
-            if held is None:
-                width = 4 * (descriptors.shape[1] + features.shape[1])
-                room = min(len(self.order), max(SAMPLE, 256 * p.n_clusters), SAMPLE_BYTES // width)
-                held = (torch.empty(room, descriptors.shape[1]), torch.empty(room, features.shape[1]))
-                dims = [tapped.dim] if tapped.accumulate else tapped.seen
-                statistics = [ClusterStatistics.empty(p.n_clusters, dim, scatter=scatter) for dim in dims]
-            took = min(len(descriptors), len(held[0]) - filled)
-            held[0][filled : filled + took], held[1][filled : filled + took] = descriptors[:took], features[:took]
-            filled += took
-            if final is None and filled == len(held[0]):
-                final = self._cluster(held[1])
-                count(held[0], final(held[1]))
-            if final is not None and took < len(descriptors):
-                count(descriptors[took:], final(features[took:]))
-        if held is None:
-            raise InputError("no image has finite features: the encoder or the images are broken")
-        sample, features = held[0][:filled], held[1][:filled]
-        if final is None:  # fewer usable images than the sample has room for
-            final = self._cluster(features)
-            count(sample, final(features))
-        if tapped.accumulate:
-            statistics = [statistics[0].leading(dim) for dim in tapped.seen]
-        return final, statistics, sample, final(features)
-
-    def _cluster(self, features: Tensor) -> FinalClusters:
-        return FinalClusters.fit(
-            features, self.params.n_clusters, spherical=self.params.spherical, seed=self.params.random_state
-        )
-
-    def _described(self, tapped: TappedEncoder) -> Iterator[tuple[Tensor, Tensor]]:
-        """Descriptors and final features of the images, batch by batch, without those that are not finite."""
-        with torch.inference_mode():
-            for batch in self.params._batches(self.source, self.order, "fit"):
-                self.skipped.update(batch.skipped)
-                if len(batch.indices) == 0:
-                    continue
-                descriptors, features = (t.cpu() for t in tapped(batch.images.to(self.device)))
-                good = descriptors.isfinite().all(1) & features.isfinite().all(1)
-                bad = batch.indices[~good].tolist()
-                self.skipped.update(dict.fromkeys(bad, "pixels or features are NaN or infinite"))
-                yield descriptors[good], features[good]
-
-
-def _warn_of(skipped: dict[int, str], n: int) -> None:
+def _warn_of(skipped: dict[int, str], source: ImageSource) -> None:
     if skipped:
         position, reason = next(iter(skipped.items()))
+        which = source.paths[position] if source.paths else f"position {position}"
         warnings.warn(
-            f"{len(skipped)} of {n} images could not be used; the first: position {position} ({reason}). They are "
-            "listed in `skipped`",
+            f"{len(skipped)} of {len(source)} images could not be used, such as {which} ({reason}); all are listed "
+            "in `skipped`",
             stacklevel=3,
         )
