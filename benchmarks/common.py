@@ -26,7 +26,8 @@ PREPROCESSING = {
 
 def machine() -> dict[str, Any]:
     """The machine and the versions behind a figure."""
-    model = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").open() if line.startswith("model name")]
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    model = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return {
         "cpu": model[0] if model else platform.processor(),
         "threads": torch.get_num_threads(),

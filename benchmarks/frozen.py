@@ -64,7 +64,7 @@ def main() -> None:
         print("  ".join(rows[-1]), flush=True)
 
     for name in args.encoders:
-        common = dict(preprocessing=PREPROCESSING[name], holdout=0, progress=False)
+        common = {"preprocessing": PREPROCESSING[name], "holdout": 0, "progress": False}
         default = ExitClusterer(encoder(name), **common).fit(fitted)
         e2cm = ExitClusterer(encoder(name), rule="e2cm", descriptor="average", accumulate=False, **common).fit(fitted)
         for asked in ASKED:

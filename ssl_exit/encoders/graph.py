@@ -227,7 +227,8 @@ def _single_crossings(graph: fx.Graph, dependent: set[fx.Node]) -> set[fx.Node]:
         if node not in dependent:
             continue
         own = max((order[user] for user in node.users), default=-1)
-        if latest_use <= i < own and node.op not in ("placeholder", "output"):
+        beyond = any(user.op != "output" for user in node.users)  # the output itself is the end, not an exit
+        if latest_use <= i < own and node.op != "placeholder" and beyond:
             crossing.add(node)
         latest_use = max(latest_use, own)
     return crossing

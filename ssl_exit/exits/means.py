@@ -8,20 +8,23 @@ from ssl_exit.exits.statistics import ClusterStatistics
 
 
 class EuclideanRule(ExitRule):
-    """Negative squared Euclidean distance to the mean of each final cluster."""
+    """Negative squared Euclidean distance to the mean of each final cluster; one without images is never near."""
 
     name = "euclidean"
     means: Tensor
+    absent: Tensor
 
     def __init__(self, dim: int, n_clusters: int) -> None:
         super().__init__(dim, n_clusters)
         self.register_buffer("means", torch.zeros(n_clusters, dim))
+        self.register_buffer("absent", torch.zeros(n_clusters))
 
     def fit(self, statistics: ClusterStatistics, sample: Tensor, labels: Tensor, seed: int) -> None:
         self.means.copy_(statistics.means)
+        self.absent.copy_(1e9 * (statistics.counts == 0))
 
     def logits(self, x: Tensor) -> Tensor:
-        return -squared_distances(x, self.means)
+        return -squared_distances(x, self.means) - self.absent
 
     @property
     def macs(self) -> int:
@@ -51,4 +54,4 @@ class E2CMRule(EuclideanRule):
         self.scale.copy_(torch.where((counts > 0) & (sums > 0), sums / counts.clamp(min=1), overall))
 
     def logits(self, x: Tensor) -> Tensor:
-        return -squared_distances(x, self.means).sqrt() / self.scale
+        return -squared_distances(x, self.means).sqrt() / self.scale - self.absent

@@ -1,0 +1,101 @@
+"""Descriptors against slow references."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ssl_exit.encoders.descriptors import Descriptor, layout_of, pyramid, tokens
+from ssl_exit.encoders.tapped import TappedEncoder
+from ssl_exit.errors import InputError
+from tests.conftest import untrained
+
+
+@given(h=st.integers(1, 9), w=st.integers(1, 9), seed=st.integers(0, 99))
+def test_pyramid_equals_pooling_and_standard_deviation(h, w, seed):
+    x = torch.randn(3, 4, h, w, generator=torch.Generator().manual_seed(seed)) + 5
+    quarters = F.adaptive_avg_pool2d(x, 2).flatten(1)
+    expected = torch.cat([x.mean((2, 3)), quarters, x.std((2, 3), correction=0)], dim=1)
+    torch.testing.assert_close(pyramid(x), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_tokens_by_hand():
+    x = torch.tensor([[[1.0, 0.0], [3.0, 0.0], [5.0, 6.0]]])
+    expected = [1.0, 0.0, 3.0, 2.0, (8 / 3) ** 0.5, 8**0.5]
+    torch.testing.assert_close(tokens(x), torch.tensor([expected]))
+
+
+@pytest.mark.parametrize(
+    ("shape", "image", "layout"),
+    [
+        ((64, 8, 8), (32, 32), "map"),
+        ((8, 8, 64), (32, 32), "map_channels_last"),
+        ((8, 8, 8), (32, 32), "map"),
+        ((64, 8, 16), (32, 64), "map"),
+        ((8, 16, 64), (32, 64), "map_channels_last"),
+        ((50, 32), (32, 32), "tokens"),
+        ((64,), (32, 32), "vector"),
+    ],
+)
+def test_layouts(shape, image, layout):
+    assert layout_of(shape, image) == layout
+
+
+def test_channels_last_maps_give_the_same_descriptor():
+    x = torch.randn(2, 5, 4, 4)
+    first = Descriptor("pyramid", (5, 4, 4), "map")
+    last = Descriptor("pyramid", (4, 4, 5), "map_channels_last")
+    torch.testing.assert_close(first(x), last(x.permute(0, 2, 3, 1)))
+    assert first.dim == last.dim == first(x).shape[1] == 30
+    assert first.macs == last.macs == 3 * 5 * 16
+
+
+def test_vectors_pass_and_normalising_gives_unit_length():
+    x = torch.randn(3, 7)
+    assert torch.equal(Descriptor("pyramid", (7,), "vector")(x), x)
+    normalised = Descriptor("average", (7, 4, 4), "map", normalize=True)(torch.randn(3, 7, 4, 4))
+    torch.testing.assert_close(normalised.norm(dim=1), torch.ones(3))
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape", "layout", "message"),
+    [
+        ("median", (4, 2, 2), "map", "'median' does not exist"),
+        ("pyramid", (5, 4), "tokens", r"choose one of \['average', 'tokens'\]"),
+        ("tokens", (4, 2, 2), "map", r"choose one of \['average', 'pyramid'\]"),
+    ],
+)
+def test_descriptors_that_do_not_fit_are_refused(kind, shape, layout, message):
+    with pytest.raises(InputError, match=message):
+        Descriptor(kind, shape, layout)
+
+
+def test_tensors_of_other_ranks_are_refused():
+    with pytest.raises(InputError, match="no descriptor fits"):
+        layout_of((2, 3, 4, 5), (32, 32))
+
+
+def test_accumulated_and_single_columns(rgb_digits):
+    encoder = untrained("resnet20", rgb_digits)
+    build = {"exits": ["layer1", "layer2"], "example": rgb_digits[:1], "descriptor": "average"}
+    together = TappedEncoder.build(encoder, **build).eval()
+    alone = TappedEncoder.build(encoder, **build, accumulate=False).eval()
+    with torch.no_grad():
+        described, features = together(rgb_digits[:3])
+        maps = [t.mean((2, 3)) for t in together.staged.tensors(rgb_digits[:3])[:2]]
+        torch.testing.assert_close(described, torch.cat(maps, 1))
+        torch.testing.assert_close(features, encoder(rgb_digits[:3]))
+    assert together.columns == [slice(0, 16), slice(0, 48)]
+    assert alone.columns == [slice(0, 16), slice(16, 48)]
+
+
+def test_auto_falls_back_to_the_average_and_to_single_descriptors_where_they_are_wide(rgb_digits):
+    wide = torch.nn.Sequential(*(torch.nn.Conv2d(i, o, 1) for i, o in ((3, 600), (600, 600), (600, 600), (600, 9))))
+    tapped = TappedEncoder.build(wide, ["0", "1", "2"], rgb_digits[:1, :, :4, :4])
+    assert {d.kind for d in tapped.descriptors} == {"average"}
+    assert tapped.accumulate
+    wider = torch.nn.Sequential(*(torch.nn.Conv2d(i, o, 1) for i, o in ((3, 2500), (2500, 2500), (2500, 2500))))
+    tapped = TappedEncoder.build(wider, ["0", "1"], rgb_digits[:1, :, :4, :4])
+    assert not tapped.accumulate
+    assert tapped.seen == [2500, 2500]

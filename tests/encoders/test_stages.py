@@ -1,0 +1,61 @@
+"""Stages: bit-identical to the unsplit encoder, resumable on a part of the batch."""
+
+import pytest
+import timm
+import torch
+import torchvision
+from torch import nn
+
+from ssl_exit.encoders.graph import ExitPoint
+from ssl_exit.encoders.stages import choose_exits, split
+from ssl_exit.errors import InputError
+from tests.conftest import untrained
+
+ARCHITECTURES = {
+    "resnet20": None,
+    "mobilenet": None,
+    "vit": None,
+    "swin": lambda: torchvision.models.swin_t(),
+    "convnext": lambda: torchvision.models.convnext_tiny(),
+    "timm vit": lambda: timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=0),
+}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_stages_equal_the_encoder_bit_for_bit(name, rgb_digits):
+    make = ARCHITECTURES[name]
+    encoder = make().eval() if make else untrained(name, rgb_digits)
+    images = rgb_digits[:6]
+    staged = split(encoder, "auto", images).eval()
+    with torch.no_grad():
+        whole = encoder(images)
+        assert torch.equal(staged(images), whole)
+        tensor = staged.tensors(images)[1][[1, 4]]
+        for stage in staged.stages[2:]:
+            tensor = stage(tensor)
+    torch.testing.assert_close(tensor, whole[[1, 4]], rtol=1e-4, atol=1e-5)
+    assert sum(staged.macs) > 0
+    assert min(staged.macs) >= 0
+
+
+def test_named_exits_are_put_in_order_and_once(rgb_digits):
+    encoder = untrained("resnet20", rgb_digits)
+    staged = split(encoder, ["layer3.0", "layer1", "layer1.2"], rgb_digits[:1])
+    assert [p.name for p in staged.exit_points] == ["layer1.2.relu_1", "layer3.0.relu_1"]
+    assert staged.tensors(rgb_digits[:2])[0].shape == (2, 16, 32, 32)
+    with pytest.raises(InputError, match='must be "auto" or a list'):
+        split(encoder, "layer1", rgb_digits[:1])
+
+
+def test_parameters_are_shared(rgb_digits):
+    encoder = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3))
+    staged = split(encoder, ["0"], rgb_digits[:1])
+    assert {id(p) for p in staged.parameters()} == {id(p) for p in encoder.parameters()}
+
+
+def test_auto_spreads_exits_over_the_cost_and_takes_the_last_of_equal_points():
+    costs = [0.01, 0.1, 0.1, 0.3, 0.5, 0.7, 0.9, 0.99, 1.0]
+    points = [ExitPoint(str(i), (1,), cost) for i, cost in enumerate(costs)]
+    assert choose_exits(points) == [2, 3, 4, 5, 6]
+    assert choose_exits(points, most=1) == [4]
+    assert choose_exits(points[-2:]) == []

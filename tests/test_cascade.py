@@ -1,0 +1,117 @@
+"""The cascade equals its slow references: one image at a time, and simulation from stored scores."""
+
+import numpy as np
+import pytest
+import torch
+
+from ssl_exit.cascade import _Queue
+from ssl_exit.data.images import open_images
+from ssl_exit.exits.thresholds import simulate
+
+
+@pytest.fixture
+def test_images(rgb_digits):
+    return rgb_digits[800:]
+
+
+def run(clusterer, images, batch_size):
+    source = open_images(images)
+    return clusterer.cascade_.run(source.batches(np.arange(len(images)), batch_size), len(images), batch_size)
+
+
+def test_batched_equals_one_by_one_equals_simulated(fitted, test_images):
+    source = open_images(test_images)
+    recorded = fitted.cascade_.record(source.batches(np.arange(len(test_images)), 64), len(test_images))
+    labels, exits = simulate(recorded, fitted.cascade_.thresholds.numpy())
+    assert len(np.unique(exits)) >= 3  # otherwise equality shows little
+    sizes = np.random.default_rng(0).integers(2, 150, size=5).tolist()
+    for batch_size in [1, *sizes, len(test_images), 1000]:
+        result = run(fitted, test_images, batch_size)
+        np.testing.assert_array_equal(result.labels, labels)
+        np.testing.assert_array_equal(result.exits, exits)
+        np.testing.assert_allclose(result.cost, fitted.cascade_.costs[exits])
+
+
+def test_scores_are_those_of_the_exit_taken(fitted, test_images):
+    source = open_images(test_images)
+    recorded = fitted.cascade_.record(source.batches(np.arange(len(test_images)), 50), len(test_images))
+    result = run(fitted, test_images, 32)
+    early = result.exits < len(fitted.exit_points_)
+    taken = recorded.scores[np.flatnonzero(early), result.exits[early]]
+    np.testing.assert_allclose(result.scores[early], taken, atol=1e-4)
+    assert (result.scores[~early] == 1).all()
+
+
+def test_order_of_input_is_the_order_of_output(fitted, test_images):
+    shuffle = np.random.default_rng(1).permutation(len(test_images))
+    plain, shuffled = run(fitted, test_images, 48), run(fitted, test_images[shuffle], 48)
+    np.testing.assert_array_equal(plain.labels[shuffle], shuffled.labels)
+    np.testing.assert_array_equal(plain.exits[shuffle], shuffled.exits)
+
+
+@pytest.mark.parametrize("batch_size", [16, 200])
+def test_stages_compute_survivors_only_and_full_batches(fitted, test_images, batch_size):
+    rows = [[] for _ in fitted.cascade_.tapped.staged.stages]
+    hooks = [
+        stage.register_forward_pre_hook(lambda _, args, i=i: rows[i].append(len(args[0])))
+        for i, stage in enumerate(fitted.cascade_.tapped.staged.stages)
+    ]
+    try:
+        result = run(fitted, test_images, batch_size)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for stage, sizes in enumerate(rows):
+        assert sum(sizes) == (result.exits >= stage).sum()
+        assert max(sizes, default=0) <= batch_size
+        assert sum(size < batch_size for size in sizes) <= 1  # all but the flush are full
+
+
+def test_queues_hold_less_than_two_batches(fitted, test_images, monkeypatch):
+    fullest = []
+    put = _Queue.put
+
+    def spy(self, *args):
+        put(self, *args)
+        fullest.append(self.filled)
+
+    monkeypatch.setattr(_Queue, "put", spy)
+    for batch_size in (8, 13, 32):
+        fullest.clear()
+        run(fitted, test_images, batch_size)
+        assert 0 < max(fullest) < 2 * batch_size
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("batch_size", [16, 200])
+def test_images_that_are_not_finite_never_leave_early_and_are_reported(fitted, test_images, value, batch_size):
+    clean = run(fitted, test_images, batch_size)
+    broken = test_images.clone()
+    broken[[3, 77], 0, 5, 5] = value
+    result = run(fitted, broken, batch_size)
+    assert sorted(result.skipped) == [3, 77]
+    assert (result.labels[[3, 77]] == -1).all()
+    assert (result.exits[[3, 77]] == len(fitted.exit_points_)).all()
+    assert np.isnan(result.scores[[3, 77]]).all()
+    others = np.delete(np.arange(len(broken)), [3, 77])
+    np.testing.assert_array_equal(result.labels[others], clean.labels[others])
+
+
+def test_never_and_always(fitted, test_images):
+    cascade = fitted.cascade_.with_own_rules()
+    source = open_images(test_images)
+    batches = list(source.batches(np.arange(len(test_images)), 64))
+    full, _ = cascade.full(batches, len(test_images))
+    never = cascade.run(batches, len(test_images), 64)
+    np.testing.assert_array_equal(never.labels, full)
+    assert (never.exits == len(fitted.exit_points_)).all()
+    assert (never.cost > 1).all()  # the exits' own work is counted
+    cascade.thresholds.zero_()
+    assert (cascade.run(batches, len(test_images), 64).exits == 0).all()
+
+
+def test_whole_encoder_labels_are_those_of_the_untouched_encoder(fitted, test_images):
+    with torch.no_grad():
+        features = fitted.encoder(test_images).numpy()
+    cosine = features @ fitted.cluster_centers_.T / np.linalg.norm(features, axis=1, keepdims=True)
+    np.testing.assert_array_equal(fitted.predict_full(test_images), cosine.argmax(1))
