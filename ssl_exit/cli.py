@@ -200,8 +200,9 @@ def main(args: list[str] | None = None) -> None:
     Wrong input ends with one line on stderr and status 2, an interrupt with status 130.
     """
     words = [_underscored(word) for word in (sys.argv[1:] if args is None else args)]
-    warnings.formatwarning = lambda message, *_args, **_kwargs: f"ssl-exit: {message}\n"  # type: ignore[assignment]
+    warnings.formatwarning = lambda message, *_args, **_kwargs: f"ssl-exit: {message}\n"
     about = "Label-free early exit for clustering with self-supervised encoders."
+    warnings.filterwarnings("ignore", message=".* could not be used")  # commands list them one by one
     try:
         auto_cli(COMMANDS, args=words, as_positional=False, description=about)
     except InputError as error:

@@ -285,6 +285,11 @@ class ExitClusterer(BaseEstimator):
         hidden = None if self.progress else True  # None: hidden where there is no terminal
         with tqdm(total=len(order), desc=what, unit="img", disable=hidden) as bar:
             for batch in source.batches(order, self.batch_size):
+                if len(batch.indices) and batch.images.shape[1:] != self.image_shape_:
+                    raise InputError(
+                        f"this model takes images of shape {tuple(self.image_shape_)}, as in fit(); got "
+                        f"{tuple(batch.images.shape[1:])}"
+                    )
                 yield batch
                 bar.update(len(batch.indices) + len(batch.skipped))
 

@@ -81,9 +81,16 @@ def fit_cascade(
     """
     sample = _Sample(tapped.dim, n, n_clusters)
     final: FinalClusters | None = None
-    dims = [tapped.dim] if tapped.accumulate else tapped.seen
     parts = [slice(None)] if tapped.accumulate else tapped.columns
-    statistics = [ClusterStatistics.empty(n_clusters, dim, scatter=rule.needs_scatter) for dim in dims]
+    statistics: list[ClusterStatistics] = []
+
+    def cluster() -> FinalClusters:
+        found = FinalClusters.fit(sample.features, n_clusters, spherical=spherical, seed=seed)
+        origin = sample.descriptors.double().mean(0)
+        for part in parts:
+            statistics.append(ClusterStatistics.empty(n_clusters, origin[part], scatter=rule.needs_scatter))
+        count(sample.descriptors, found(sample.features))
+        return found
 
     def count(descriptors: Tensor, labels: Tensor) -> None:
         for part, into in zip(parts, statistics, strict=True):
@@ -93,13 +100,13 @@ def fit_cascade(
     for descriptors, features in _described(tapped, batches, skipped):
         taken = sample.add(descriptors, features)
         if final is None and sample.full:
-            final = FinalClusters.fit(sample.features, n_clusters, spherical=spherical, seed=seed)
-            count(sample.descriptors, final(sample.features))
+            final = cluster()
         if final is not None and taken < len(descriptors):
             count(descriptors[taken:], final(features[taken:]))
+    if final is None and sample.filled == 0:
+        raise InputError("no image has finite pixels and features: the encoder or the images are broken")
     if final is None:  # fewer usable images than the sample has room for
-        final = FinalClusters.fit(sample.features, n_clusters, spherical=spherical, seed=seed)
-        count(sample.descriptors, final(sample.features))
+        final = cluster()
 
     labels = final(sample.features)
     rules = []

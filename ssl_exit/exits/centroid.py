@@ -38,13 +38,12 @@ class CentroidRule(ExitRule):
         correlation = (1 - rho) * correlation
         correlation.diagonal().fill_(1)
 
-        overall = statistics.sums.sum(0) / statistics.counts.sum()
-        means = (statistics.means - overall) / deviation  # (K, D), whitened entry by entry
+        means = (statistics.means - statistics.mean) / deviation  # (K, D), whitened entry by entry
         solved = torch.linalg.solve(correlation, means.T).T
         prior = (statistics.counts.clamp(min=0.5) / statistics.counts.sum()).log()
         weight = solved / deviation
         self.weight.copy_(weight)
-        self.bias.copy_(prior - (solved * means).sum(1) / 2 - weight @ overall)
+        self.bias.copy_(prior - (solved * means).sum(1) / 2 - weight @ statistics.mean)
 
     def logits(self, x: Tensor) -> Tensor:
         return torch.addmm(self.bias, x, self.weight.T)

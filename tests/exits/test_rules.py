@@ -27,7 +27,7 @@ def data():
 
 
 def fit(rule_class, x, labels, k=10):
-    statistics = ClusterStatistics.empty(k, x.shape[1])
+    statistics = ClusterStatistics.empty(k, torch.zeros(x.shape[1]))
     statistics.add(x, labels)
     rule = rule_class(x.shape[1], k)
     rule.fit(statistics, x, labels, seed=0)
@@ -65,7 +65,7 @@ def test_a_cluster_without_images_does_no_harm(name, data):
 def test_centroid_rule_is_linear_discriminant_analysis(data):
     x, labels, unseen, _ = data
     rule = fit(CentroidRule, x, labels)
-    statistics = ClusterStatistics.empty(10, 64)
+    statistics = ClusterStatistics.empty(10, torch.zeros(64))
     statistics.add(x, labels)
     deviation = statistics.within_covariance.diagonal().sqrt()
     used = deviation > 1e-3

@@ -1,0 +1,137 @@
+"""Every kind of data gives the same images, and bad ones are told apart from good."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset, WeightedRandomSampler
+
+from ssl_exit import Preprocessing
+from ssl_exit.data.images import FolderImages, open_images
+from ssl_exit.errors import InputError
+
+GREY = Preprocessing(8, (0.0,), (1.0,))
+RGB = Preprocessing(8, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+
+
+def everything(source, batch_size=7, order=None):
+    order = np.arange(len(source)) if order is None else order
+    batches = list(source.batches(order, batch_size))
+    skipped = {k: v for batch in batches for k, v in batch.skipped.items()}
+    images = [b.images for b in batches if len(b.indices)]
+    return torch.cat([b.indices for b in batches]), torch.cat(images), skipped
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_folder_tensor_dataset_and_loader_agree(image_folder, workers):
+    folder = FolderImages(image_folder, GREY)
+    tensor = torch.stack([folder[i] for i in range(len(folder))])
+    assert len(tensor) == 60
+    assert tensor.shape[1:] == (1, 8, 8)
+    labelled = TensorDataset(tensor, torch.arange(60))
+    pictures = [Image.open(image_folder / path).copy() for path in folder.paths]
+    order = np.random.default_rng(0).permutation(60)
+    for data, preprocessing in (
+        (str(image_folder), GREY),
+        (image_folder, GREY),
+        (tensor, None),
+        (labelled, None),
+        (pictures, GREY),
+        ((tensor * 255).round().to(torch.uint8), GREY),
+        (DataLoader(labelled, batch_size=3, shuffle=True), None),
+        (Subset(folder, range(60)), GREY),
+    ):
+        indices, images, skipped = everything(open_images(data, preprocessing, workers), order=order)
+        assert indices.tolist() == order.tolist()
+        torch.testing.assert_close(images, tensor[order])
+        assert not skipped
+
+
+def test_folder_order_classes_and_targets(image_folder):
+    folder = FolderImages(image_folder, GREY)
+    assert folder.paths == sorted(folder.paths)
+    assert folder.classes == [str(i) for i in range(10)]
+    assert folder.targets.tolist() == [i // 6 for i in range(60)]
+    Image.new("L", (8, 8)).save(image_folder / "loose.png")
+    assert FolderImages(image_folder, GREY).targets is None
+
+
+def test_unreadable_images_are_skipped_with_a_reason(image_folder):
+    good = FolderImages(image_folder, GREY)
+    whole = (image_folder / good.paths[5]).read_bytes()
+    (image_folder / "0" / "cut.png").write_bytes(whole[: len(whole) // 2])
+    (image_folder / "3" / "text.jpg").write_text("no image")
+    (image_folder / "4" / "empty.png").touch()
+    (image_folder / "notes.txt").write_text("not counted")
+    source = open_images(image_folder, GREY)
+    indices, images, skipped = everything(source, batch_size=2)
+    assert len(source) == 63
+    assert len(images) == len(indices) == 60
+    bad = {source.paths[i] for i in skipped}
+    assert bad == {"0/cut.png", "3/text.jpg", "4/empty.png"}
+    assert all(reason for reason in skipped.values())
+
+
+def test_mixed_sizes_and_modes(tmp_path):
+    rng = np.random.default_rng(0)
+    grey = rng.integers(0, 256, (20, 30), dtype=np.uint8)
+    rgb = rng.integers(0, 256, (9, 9, 3), dtype=np.uint8)
+    Image.fromarray(grey).save(tmp_path / "grey.png")
+    Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "deep.png")
+    Image.fromarray(rgb).save(tmp_path / "rgb.jpg")
+    Image.fromarray(rgb).convert("RGBA").save(tmp_path / "rgba.png")
+    Image.fromarray(rgb).convert("P").save(tmp_path / "palette.gif")
+    Image.fromarray(rgb).convert("CMYK").save(tmp_path / "cmyk.tif")
+    Image.fromarray(grey > 128).save(tmp_path / "binary.png")
+    source = open_images(tmp_path, RGB)
+    _, images, skipped = everything(source)
+    assert images.shape == (7, 3, 8, 8)
+    assert not skipped
+    by_name = dict(zip(source.paths, images, strict=True))
+    torch.testing.assert_close(by_name["deep.png"], by_name["grey.png"], atol=1 / 255, rtol=0)
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        yield torch.zeros(1, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("data", "preprocessing", "message"),
+    [
+        (torch.zeros(0, 3, 8, 8), None, "no images"),
+        (torch.zeros(3, 8, 8), None, "four dimensions"),
+        (torch.zeros(3, 3, 8, 8, dtype=torch.uint8), None, "need a preprocessing"),
+        (torch.zeros(3, 3, 8, 8, dtype=torch.int32), None, "floating point or uint8"),
+        (np.zeros((3, 3, 8, 8)), None, "torch.from_numpy"),
+        (5, None, "got int"),
+        ("no/such/folder", RGB, "is not a folder"),
+        (DataLoader(Stream()), None, "IterableDataset"),
+        (DataLoader(TensorDataset(torch.zeros(4, 1)), sampler=WeightedRandomSampler([1.0] * 4, 4)), None, "Subset"),
+    ],
+)
+def test_wrong_data_is_refused(data, preprocessing, message):
+    with pytest.raises(InputError, match=message):
+        open_images(data, preprocessing)
+
+
+def test_empty_folder_and_missing_preprocessing(tmp_path):
+    with pytest.raises(InputError, match="holds no image files"):
+        open_images(tmp_path, RGB)
+    with pytest.raises(InputError, match="needs a preprocessing"):
+        open_images(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("items", "message"),
+    [
+        ([torch.zeros(3, 8, 8), torch.zeros(3, 9, 8)], "differ in shape"),
+        ([torch.zeros(3), torch.zeros(3)], r"must be a tensor, \(N, C, H, W\)"),
+        ([np.zeros((3, 8, 8))], "tensors or PIL images; got ndarray"),
+        ([Image.new("L", (8, 8))], "need a preprocessing"),
+    ],
+)
+def test_datasets_that_do_not_fit_are_refused(items, message):
+    source = open_images(items)
+    with pytest.raises(InputError, match=message):
+        everything(source)

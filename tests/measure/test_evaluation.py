@@ -1,0 +1,53 @@
+"""Evaluations add up, and time is measured where it is said to be."""
+
+import json
+
+import numpy as np
+import pytest
+
+from ssl_exit.measure.timing import stage_seconds
+from ssl_exit.report.tables import exit_table, summary
+
+
+@pytest.fixture
+def evaluation(fitted, rgb_digits):
+    return fitted.evaluate(rgb_digits[800:], np.arange(200) % 5)
+
+
+def test_rows_add_up(fitted, evaluation, rgb_digits):
+    result = fitted.run(rgb_digits[800:])
+    full = fitted.predict_full(rgb_digits[800:])
+    np.testing.assert_array_equal(evaluation.result.labels, result.labels)
+    np.testing.assert_array_equal(evaluation.full_labels, full)
+    assert evaluation.agreement == (result.labels == full).mean()
+    assert evaluation.cost_macs == pytest.approx(result.cost.mean())
+    assert sum(row.share for row in evaluation.exits) == pytest.approx(1)
+    assert sum(row.share * row.cost for row in evaluation.exits) == pytest.approx(evaluation.cost_macs)
+    agreed = sum(row.share * row.agreement for row in evaluation.exits if row.share)
+    assert agreed == pytest.approx(evaluation.agreement)
+    assert evaluation.exits[-1].name == "end"
+    assert evaluation.cost_time > 0
+    assert set(evaluation.metrics) == {"acc", "nmi", "ari", "acc_full", "nmi_full", "ari_full"}
+
+
+def test_it_is_ready_for_json_and_for_print(evaluation):
+    read = json.loads(json.dumps(evaluation.to_dict(), allow_nan=False))
+    assert {"agreement", "cost_macs", "cost_time", "acc", "acc_full", "nmi", "ari", "exits"} <= set(read)
+    assert set(read["exits"][0]) == {"name", "cost", "share", "agreement"}
+    table = exit_table(evaluation).splitlines()
+    assert len(table) == len(evaluation.exits) + 2
+    assert f"{evaluation.agreement:.4f}" in summary(evaluation)
+    assert "ACC, early / whole" in summary(evaluation)
+
+
+def test_without_targets_no_metrics(fitted, rgb_digits):
+    evaluation = fitted.evaluate(rgb_digits[800:840])
+    assert evaluation.metrics == {}
+    assert "ACC" not in summary(evaluation)
+
+
+def test_stage_times(fitted, rgb_digits):
+    stages, exits = stage_seconds(fitted.cascade_, rgb_digits[:32], repeats=2)
+    assert stages.shape == exits.shape == (len(fitted.exit_points_) + 1,)
+    assert (stages > 0).all()
+    assert (exits > 0).all()

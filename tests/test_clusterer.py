@@ -1,0 +1,210 @@
+"""ExitClusterer: what it promises to those who hold it."""
+
+import copy
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from sklearn.base import clone
+from sklearn.exceptions import NotFittedError
+from torch import nn
+
+from ssl_exit import ExitClusterer, Preprocessing
+from ssl_exit.errors import InputError
+from ssl_exit.exits.rules import RULES
+from ssl_exit.fitting import fit_cascade
+from tests.conftest import untrained
+
+CIFAR = Preprocessing(32, (0.491, 0.482, 0.447), (0.247, 0.243, 0.262))
+
+
+@pytest.fixture(scope="module")
+def encoder(rgb_digits):
+    return untrained("resnet20", rgb_digits)
+
+
+def clusterer(encoder, **changes):
+    settings = {"n_clusters": 5, "max_disagreement": 0.2, "confidence": 0.5, "batch_size": 64, "progress": False}
+    return ExitClusterer(encoder, device="cpu", **settings | changes)
+
+
+def test_agreement_on_unseen_real_images_is_near_what_was_asked(simclr_spec, cifar):
+    pixels, _ = cifar
+    order = np.random.default_rng(0).permutation(len(pixels))
+    c = ExitClusterer(simclr_spec, max_disagreement=0.1, confidence=0.5, preprocessing=CIFAR, progress=False)
+    c.fit(pixels[order[:1400]])
+    result, full = c.run(pixels[order[1400:]]), c.predict_full(pixels[order[1400:]])
+    assert abs((result.labels == full).mean() - 0.9) < 0.05
+    assert result.cost.mean() < 0.85
+    assert len(np.unique(full)) == 10
+
+
+def test_the_encoder_is_left_as_it_was(rgb_digits):
+    encoder = untrained("resnet20", rgb_digits).train()
+    before = copy.deepcopy(encoder.state_dict())
+    clusterer(encoder).fit(rgb_digits[:300])
+    assert encoder.training
+    assert all(torch.equal(before[k], v) for k, v in encoder.state_dict().items())
+
+
+def test_fit_is_reproducible_and_seeds_matter(encoder, rgb_digits):
+    one, two = (clusterer(encoder, random_state=1).fit(rgb_digits[:500]) for _ in range(2))
+    np.testing.assert_array_equal(one.predict(rgb_digits[500:600]), two.predict(rgb_digits[500:600]))
+    np.testing.assert_array_equal(one.cluster_centers_, two.cluster_centers_)
+    other = clusterer(encoder, random_state=2).fit(rgb_digits[:500])
+    assert not np.array_equal(one.cluster_centers_, other.cluster_centers_)
+
+
+def test_streaming_beyond_the_sample_equals_all_at_once(encoder, rgb_digits, monkeypatch):
+    """Statistics must not depend on how images are cut into sample and stream."""
+    whole = clusterer(encoder).fit(rgb_digits[:600])
+    monkeypatch.setattr("ssl_exit.fitting.SAMPLE", 100)
+    monkeypatch.setattr("ssl_exit.fitting.SAMPLE_BYTES", 1)
+    small = clusterer(encoder, n_clusters=5).fit(rgb_digits[:600])
+    assert (small.n_sample_, whole.n_sample_) == (5, 480)
+    assert small.n_fit_ == whole.n_fit_ == 480
+
+    rule = whole.cascade_.exit_rules[3]
+    monkeypatch.setattr("ssl_exit.exits.kmeans.FinalClusters.fit", lambda *_, **__: whole.cascade_.final)
+    streamed = clusterer(encoder).fit(rgb_digits[:600]).cascade_.exit_rules[3]
+    torch.testing.assert_close(streamed.weight, rule.weight, rtol=1e-2, atol=2e-3)
+
+
+def test_every_rule_and_descriptor_runs(encoder, rgb_digits):
+    for rule in RULES:
+        for accumulate in (True, False):
+            c = clusterer(encoder, rule=rule, descriptor="average", accumulate=accumulate, normalize=True)
+            labels = c.fit(rgb_digits[:300]).predict(rgb_digits[300:340])
+            assert labels.shape == (40,)
+            assert set(labels) <= set(range(5))
+
+
+def test_calibrate_on_other_images_and_other_wishes(encoder, rgb_digits):
+    c = clusterer(encoder, holdout=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        c.fit(rgb_digits[:400])
+    assert (c.run(rgb_digits[:50]).exits == len(c.exit_points_)).all()
+    c.calibrate(rgb_digits[400:700], max_disagreement=0.3)
+    assert c.certificate_.n == 200
+    loose = c.run(rgb_digits[700:]).cost.mean()
+    c.calibrate(rgb_digits[400:700], max_disagreement=0.05)
+    assert loose < c.run(rgb_digits[700:]).cost.mean()
+    assert (c.max_disagreement, c.confidence) == (0.05, 0.5)
+
+
+def test_too_few_images_exit_nothing_and_say_why(encoder, rgb_digits):
+    c = clusterer(encoder, max_disagreement=0.01, confidence=0.95)
+    with pytest.warns(UserWarning, match="no image may exit early: 53 held-out images.*at least 299"):
+        c.fit(rgb_digits[:400])
+    result = c.run(rgb_digits[400:500])
+    assert (result.exits == len(c.exit_points_)).all()
+    np.testing.assert_array_equal(result.labels, c.predict_full(rgb_digits[400:500]))
+
+
+def test_an_interrupted_fit_or_calibration_loses_nothing(encoder, rgb_digits, monkeypatch):
+    c = clusterer(encoder).fit(rgb_digits[:400])
+    before, state = c.predict(rgb_digits[400:500]), c.certificate_
+    thresholds = c.cascade_.thresholds.clone()
+    for target in ("ssl_exit.clusterer.fit_cascade", "ssl_exit.clusterer.certify"):
+        with monkeypatch.context() as patch:
+            patch.setattr(target, lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+            with pytest.raises(KeyboardInterrupt):
+                c.fit(rgb_digits[400:800])
+            if "certify" in target:
+                with pytest.raises(KeyboardInterrupt):
+                    c.calibrate(rgb_digits[400:800], max_disagreement=0.4)
+    assert c.certificate_ == state
+    assert c.max_disagreement == 0.2
+    assert torch.equal(c.cascade_.thresholds, thresholds)
+    np.testing.assert_array_equal(c.predict(rgb_digits[400:500]), before)
+    assert fit_cascade is not None
+
+
+def test_broken_pixels_are_left_out_of_the_fit_and_reported(encoder, rgb_digits):
+    images = rgb_digits[:400].clone()
+    images[[10, 20]] = float("nan")
+    c = clusterer(encoder)
+    with pytest.warns(UserWarning, match="could not be used"):
+        c.fit(images)
+    assert set(c.skipped_) <= {10, 20}
+    assert c.n_fit_ == 320 - len(c.skipped_)
+    with pytest.warns(UserWarning, match="2 of 400 images could not be used, such as position 10"):
+        labels = c.predict(images)
+    assert (np.flatnonzero(labels < 0) == [10, 20]).all()
+    with pytest.warns(UserWarning, match="2 of 400"):
+        assert (c.predict_full(images)[[10, 20]] == -1).all()
+
+
+def test_encoders_whose_output_is_a_map(rgb_digits):
+    body = nn.Sequential(*(nn.Conv2d(i, o, 3) for i, o in ((3, 8), (8, 8), (8, 8), (8, 8), (8, 6))))
+    c = clusterer(body).fit(rgb_digits[:300, :, ::2, ::2])
+    assert c.cluster_centers_.shape == (5, 6)
+    full = clusterer(nn.Sequential(body, nn.AdaptiveAvgPool2d(1), nn.Flatten())).fit(rgb_digits[:300, :, ::2, ::2])
+    np.testing.assert_allclose(c.cluster_centers_, full.cluster_centers_, atol=1e-4)
+
+
+def test_manual_stages_give_the_same_clusters(rgb_digits):
+    encoder = untrained("resnet20", rgb_digits)
+
+    class Tail(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.pool = encoder.layer3, nn.AdaptiveAvgPool2d(1)
+
+        def forward(self, x):
+            return self.pool(self.body(x)).flatten(1) if len(x) >= 0 else x
+
+    head = nn.Sequential(encoder.conv1, encoder.bn1, nn.ReLU(), encoder.layer1)
+    c = clusterer([head, encoder.layer2, Tail()], exits=["stage0", "stage1"]).fit(rgb_digits[:300])
+    traced = clusterer(encoder, exits=["layer1", "layer2"]).fit(rgb_digits[:300])
+    np.testing.assert_array_equal(c.predict(rgb_digits[300:400]), traced.predict(rgb_digits[300:400]))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"n_clusters": 0}, "n_clusters must be a whole number"),
+        ({"n_clusters": 2.5}, "n_clusters must be a whole number"),
+        ({"n_clusters": 500}, "n_clusters=500 and 80 points"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"max_disagreement": 0}, "max_disagreement must lie between 0 and 1"),
+        ({"confidence": 1}, "confidence must lie between 0 and 1"),
+        ({"holdout": 1}, "holdout must be at least 0"),
+        ({"rule": "best"}, "rule 'best' does not exist"),
+        ({"descriptor": "best"}, "descriptor 'best' does not exist"),
+        ({"exits": ["layer7"]}, "names no node of CifarResNet"),
+        ({"exits": []}, "no exit point"),
+    ],
+)
+def test_wrong_parameters_are_refused(encoder, rgb_digits, changes, message):
+    with pytest.raises(InputError, match=message):
+        clusterer(encoder, **changes).fit(rgb_digits[:100])
+
+
+def test_wrong_images_and_unfitted_use_are_refused(encoder, rgb_digits):
+    c = clusterer(encoder)
+    for call in (c.predict, c.predict_full, c.run, c.evaluate, c.calibrate, c.trade_off):
+        with pytest.raises(NotFittedError, match=r"call fit\(data\) first"):
+            call(rgb_digits[:10])
+    with pytest.raises(InputError, match="cannot take images of shape"):
+        c.fit(rgb_digits[:100, :1])
+    with pytest.raises(InputError, match="no image has finite pixels"):
+        c.fit(torch.full((60, 3, 32, 32), torch.nan))
+    c.fit(rgb_digits[:100])
+    with pytest.raises(InputError, match="takes images of shape"):
+        c.predict(rgb_digits[:10, :, :16])
+    with pytest.raises(InputError, match="targets must have shape"):
+        c.evaluate(rgb_digits[:10], np.zeros(9))
+
+
+def test_scikit_learn_knows_its_parameters(encoder):
+    c = clusterer(encoder, n_clusters=7)
+    assert clone(c, safe=False).get_params(deep=False)["n_clusters"] == 7
+    assert "n_clusters=7" in repr(c)
+
+
+def test_fit_predict(encoder, rgb_digits):
+    c = clusterer(encoder)
+    np.testing.assert_array_equal(c.fit_predict(rgb_digits[:200]), c.predict(rgb_digits[:200]))

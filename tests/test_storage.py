@@ -1,0 +1,127 @@
+"""Models on disk: whole or not at all, checked when read, and nothing in them is executed."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import ssl_exit.storage as storage
+from ssl_exit import EncoderSpec, ExitClusterer, Preprocessing, load
+from ssl_exit.demo import digits_encoder
+from ssl_exit.errors import InputError
+
+
+@pytest.fixture(scope="module")
+def clusterer(digits):
+    torch.manual_seed(0)
+    settings = {"max_disagreement": 0.2, "confidence": 0.5, "progress": False, "device": "cpu"}
+    prepare = Preprocessing(8, (0.0,), (1.0,))
+    return ExitClusterer(digits_encoder(), preprocessing=prepare, **settings).fit(digits[:900])
+
+
+@pytest.fixture
+def model(clusterer, tmp_path):
+    clusterer.save(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_a_loaded_model_answers_alike(clusterer, model, digits):
+    loaded = load(model, encoder=digits_encoder(), device="cpu")
+    one, two = clusterer.run(digits[900:]), loaded.run(digits[900:])
+    for name in ("labels", "exits", "scores", "cost"):
+        np.testing.assert_array_equal(getattr(one, name), getattr(two, name))
+    assert loaded.certificate_ == clusterer.certificate_
+    assert loaded.exit_points_ == clusterer.exit_points_
+    assert loaded.preprocessing == clusterer.preprocessing
+    np.testing.assert_array_equal(loaded.stage_seconds_, clusterer.stage_seconds_)
+    loaded.calibrate(digits[900:], max_disagreement=0.3)
+    assert loaded.trade_off(digits[:50])[0].shape[0] > 100
+
+
+def test_saving_a_loaded_model_again_gives_the_same_model(model, tmp_path):
+    load(model, encoder=digits_encoder(), device="cpu").save(tmp_path / "again")
+    about, again = (json.loads((folder / "model.json").read_text()) for folder in (model, tmp_path / "again"))
+    assert about["sha256"] == again["sha256"]
+    assert about["params"] == again["params"]
+
+
+def test_a_spec_builds_its_own_encoder(digits, tmp_path):
+    spec = EncoderSpec("ssl_exit.demo:digits_encoder")
+    settings = {"max_disagreement": 0.2, "confidence": 0.5, "progress": False, "device": "cpu"}
+    c = ExitClusterer(spec, rule="prototypes", **settings).fit(digits[:900])
+    c.save(tmp_path / "model")
+    loaded = load(tmp_path / "model")
+    np.testing.assert_array_equal(loaded.predict(digits[900:]), c.predict(digits[900:]))
+
+
+def test_no_pickle_in_the_folder(model):
+    assert sorted(f.name for f in model.iterdir()) == ["encoder.safetensors", "exits.safetensors", "model.json"]
+    json.loads((model / "model.json").read_text())
+
+
+def test_a_model_is_replaced_whole_and_other_folders_are_left_alone(clusterer, model, tmp_path):
+    clusterer.save(model)
+    assert len(list(tmp_path.iterdir())) == 1  # no drafts left behind
+    other = tmp_path / "thesis"
+    other.mkdir()
+    (other / "chapter1.tex").write_text("years of work")
+    with pytest.raises(InputError, match="exists and is not a model"):
+        clusterer.save(other)
+    assert (other / "chapter1.tex").read_text() == "years of work"
+
+
+def test_an_interrupted_save_leaves_the_old_model(clusterer, model, tmp_path, monkeypatch):
+    before = {f.name: f.read_bytes() for f in model.iterdir()}
+    monkeypatch.setattr(storage, "_checksum", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+    for folder in (model, tmp_path / "new"):
+        with pytest.raises(KeyboardInterrupt):
+            clusterer.save(folder)
+    assert {f.name: f.read_bytes() for f in model.iterdir()} == before
+    assert [f.name for f in tmp_path.iterdir()] == ["model"]
+
+
+def damage(model, name, change):
+    file = model / name
+    file.write_bytes(change(file.read_bytes()))
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("exits.safetensors", lambda b: b[:-100], "truncated or changed"),
+        ("exits.safetensors", lambda b: b[:-1] + bytes([b[-1] ^ 1]), "truncated or changed"),
+        ("encoder.safetensors", lambda b: b + b" ", "truncated or changed"),
+        ("model.json", lambda b: b[:200], "cannot be read"),
+        ("model.json", lambda b: b"[]", "names no format"),
+        ("model.json", lambda b: b.replace(b'"disagreements": ', b'"disagreements": 1'), "was changed"),
+        ("model.json", lambda b: b.replace(b'"format": 1', b'"format": 99'), "format 99.*upgrade"),
+    ],
+)
+def test_damaged_tampered_and_newer_models_are_refused(model, name, change, message):
+    damage(model, name, change)
+    with pytest.raises(InputError, match=message):
+        load(model, encoder=digits_encoder())
+
+
+def test_other_wrong_ways_to_load(model, tmp_path):
+    with pytest.raises(InputError, match="is no model"):
+        load(tmp_path)
+    with pytest.raises(InputError, match="encoder=that module"):
+        load(model)
+    with pytest.raises(InputError, match="does not fit"):
+        load(model, encoder=torch.nn.Conv2d(1, 1, 1))
+    (model / "encoder.safetensors").unlink()
+    with pytest.raises(InputError, match="missing"):
+        load(model, encoder=digits_encoder())
+
+
+def test_labels_file_is_whole_or_absent(tmp_path, clusterer, digits):
+    result = clusterer.run(digits[:5])
+    storage.write_labels(tmp_path / "labels.csv", list("abcde"), result, clusterer.exit_names_)
+    rows = (tmp_path / "labels.csv").read_text().splitlines()
+    assert rows[0] == "path,label,exit,score"
+    assert rows[1].startswith(f"a,{result.labels[0]},{clusterer.exit_names_[result.exits[0]]},")
+    with pytest.raises(ValueError, match="zip"):
+        storage.write_labels(tmp_path / "other.csv", ["a"], result, clusterer.exit_names_)
+    assert [f.name for f in tmp_path.iterdir()] == ["labels.csv"]
