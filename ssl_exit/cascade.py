@@ -19,6 +19,8 @@ from ssl_exit.exits.kmeans import FinalClusters
 from ssl_exit.exits.rules import ExitRule
 from ssl_exit.exits.thresholds import Recorded
 
+NOT_FINITE = "pixels or features are NaN or infinite"
+
 
 @dataclass(frozen=True)
 class ExitResult:
@@ -28,7 +30,8 @@ class ExitResult:
         labels: final cluster, (N,) int64; -1 for an image that could not be used.
         exits: index of the exit it left at, (N,) int64; the number of exits means the end.
         scores: its score there, (N,) float32; 1 at the end, NaN for an image that could not be used.
-        cost: multiply-adds spent on it, exits' own included / those of the whole encoder, (N,) float64.
+        cost: multiply-adds spent on it, exits' own included / those of the whole encoder, (N,) float64; NaN
+            for an image that could not be used.
         skipped: position and reason of every image that could not be used.
     """
 
@@ -72,7 +75,6 @@ class Cascade(nn.Module):
         work = [stage + exit_ for stage, exit_ in zip(self.tapped.staged.macs, [*own, self.final.macs], strict=True)]
         return np.cumsum(work) / whole
 
-    @torch.inference_mode()
     def run(self, batches: Iterable[Batch], n: int, batch_size: int) -> ExitResult:
         """Cluster images with early exits.
 
@@ -84,12 +86,11 @@ class Cascade(nn.Module):
         Returns:
             Labels, exits, scores and cost of every image, in the order of its position.
         """
-        run = _Run(self, n, batch_size)
+        run = Run(self, n, batch_size)
         for batch in batches:
             run.push(batch)
         return run.finish()
 
-    @torch.inference_mode()
     def full(self, batches: Iterable[Batch], n: int) -> tuple[np.ndarray, dict[int, str]]:
         """Labels of the whole encoder, (n,) int64, -1 for an image that could not be used, and why not."""
         labels = np.full(n, -1, dtype=np.int64)
@@ -97,33 +98,44 @@ class Cascade(nn.Module):
         for batch in batches:
             skipped.update(batch.skipped)
             if len(batch.indices):
-                output = self.tapped.staged(self._to_device(batch.images))
-                labels[batch.indices.numpy()] = self.final(self.tapped.output(output)).cpu().numpy()
+                labels[batch.indices.numpy()] = self.labels(batch.images).cpu().numpy()
         return labels, skipped | _not_finite(labels, skipped)
 
-    def record(self, batches: Iterable[Batch], n: int) -> Recorded:
-        """Labels and scores of n images at every exit, without leaving; images that cannot be used drop out."""
+    @torch.inference_mode()
+    def labels(self, images: Tensor) -> Tensor:
+        """Labels of the whole encoder for one batch, (N,) int64; -1 where pixels or features are not finite."""
+        x = self._to_device(images)
+        labels = self.final(self.tapped.output(self.tapped.staged(x)))
+        return torch.where(finite_images(x), labels, -1)
+
+    def record(self, batches: Iterable[Batch], n: int) -> tuple[Recorded, dict[int, str]]:
+        """Labels and scores of n images at every exit, without leaving.
+
+        Images that cannot be used drop out; their positions and the reasons are the second value.
+        """
         e = len(self.rules)
         labels, scores = np.zeros((n, e), dtype=np.int64), np.full((n, e), np.nan, dtype=np.float32)
         final = np.full(n, -1, dtype=np.int64)
-        for rows, each_exit, end in self._visits(batches):
+        skipped: dict[int, str] = {}
+        for rows, each_exit, end in self._visits(batches, skipped):
             final[rows] = end.cpu().numpy()
             for i, (rule, logits) in enumerate(zip(self.exit_rules, each_exit, strict=True)):
                 label, score = rule.decide(logits)
                 labels[rows, i], scores[rows, i] = label.cpu().numpy(), score.cpu().numpy()
         good = final >= 0
-        return Recorded(labels[good], scores[good], final[good])
+        return Recorded(labels[good], scores[good], final[good]), skipped
 
-    def logits(self, batches: Iterable[Batch], n: int) -> tuple[Tensor, Tensor]:
+    def logits(self, batches: Iterable[Batch], n: int) -> tuple[Tensor, Tensor, dict[int, str]]:
         """Logits of n images at every exit, (n, E, K), and final labels, (n,); unusable images drop out."""
         logits = torch.full((n, *self.thresholds.shape), torch.nan)
         final = torch.full((n,), -1)
-        for rows, each_exit, end in self._visits(batches):
+        skipped: dict[int, str] = {}
+        for rows, each_exit, end in self._visits(batches, skipped):
             final[rows] = end.cpu()
             for i, one in enumerate(each_exit):
                 logits[rows, i] = one.cpu()
         good = (final >= 0) & logits.isfinite().flatten(1).all(1)
-        return logits[good], final[good]
+        return logits[good], final[good], skipped
 
     def fit_temperatures(self, logits: Tensor, final: Tensor) -> Recorded:
         """Set the temperature of every rule; logits (n, E, K), final labels (n,).
@@ -144,23 +156,30 @@ class Cascade(nn.Module):
         fresh = Cascade(self.tapped, copy.deepcopy(self.exit_rules), self.final)
         return fresh.to(self.thresholds.device)
 
-    @torch.inference_mode()
-    def _visits(self, batches: Iterable[Batch]) -> Iterator[tuple[slice, list[Tensor], Tensor]]:
+    def _visits(
+        self, batches: Iterable[Batch], skipped: dict[int, str]
+    ) -> Iterator[tuple[slice, list[Tensor], Tensor]]:
         """Per batch: rows so far, logits at every exit, (N, K) each, and labels at the end, (N,)."""
         at = 0
         for batch in batches:
+            skipped.update(batch.skipped)
             if len(batch.indices) == 0:
                 continue
             rows = slice(at, at := at + len(batch.indices))
-            described, features = self.tapped(self._to_device(batch.images))
-            columns = zip(self.exit_rules, self.tapped.columns, strict=True)
-            yield rows, [rule.logits(described[:, seen]) for rule, seen in columns], self.final(features)
+            with torch.inference_mode():
+                images = self._to_device(batch.images)
+                described, features = self.tapped(images)
+                columns = zip(self.exit_rules, self.tapped.columns, strict=True)
+                logits = [rule.logits(described[:, seen]) for rule, seen in columns]
+                final = torch.where(finite_images(images), self.final(features), -1)
+            skipped.update(dict.fromkeys(batch.indices[final.cpu() < 0].tolist(), NOT_FINITE))
+            yield rows, logits, final
 
     def _to_device(self, images: Tensor) -> Tensor:
         return images.to(self.thresholds.device, non_blocking=True)
 
 
-class _Run:
+class Run:
     """One pass over images: the queues, and the results as they come in."""
 
     def __init__(self, cascade: Cascade, n: int, batch_size: int) -> None:
@@ -173,13 +192,15 @@ class _Run:
         self.scores = torch.full((n,), torch.nan, device=device)
         self.skipped: dict[int, str] = {}
 
+    @torch.inference_mode()
     def push(self, batch: Batch) -> None:
+        """Take in one batch and run whatever stages it fills."""
         self.skipped.update(batch.skipped)
         if len(batch.indices) == 0:
             return
         images = self.cascade._to_device(batch.images)
         entering = _Wave(images, images.new_empty(len(images), 0), batch.indices.to(images.device))
-        finite = images.flatten(1).sum(1).isfinite()
+        finite = finite_images(images)
         if not bool(finite.all()):
             entering = entering.at(finite.nonzero()[:, 0])
         if self.n == len(batch.indices) <= self.batch_size:
@@ -191,13 +212,15 @@ class _Run:
             self.queues[0].put(entering)
         self._drain()
 
+    @torch.inference_mode()
     def finish(self) -> ExitResult:
+        """Flush the queues and hand out the result."""
         for i in range(self.stages):
             if len(self.queues[i]):
                 self._advance(i, self.queues[i].take(self.batch_size))
                 self._drain()
         labels, exits, scores = (t.cpu().numpy() for t in (self.labels, self.exits, self.scores))
-        cost = self.cascade.costs[exits]
+        cost = np.where(labels >= 0, self.cascade.costs[exits], np.nan)
         return ExitResult(labels, exits, scores, cost, self.skipped | _not_finite(labels, self.skipped))
 
     def _drain(self) -> None:
@@ -235,7 +258,7 @@ class _Run:
         described = torch.cat([wave.described, own], dim=1) if tapped.accumulate else own
         labels, scores = self.cascade.rules[stage](described)
         leaves = scores >= self.cascade.thresholds[stage, labels]
-        gone = leaves.nonzero()[:, 0]  # the one point at which the host waits for the device
+        gone = leaves.nonzero()[:, 0]  # here the host waits for the device
         after = _Wave(x, described if tapped.accumulate else wave.described, wave.indices)
         if len(gone) == 0:
             return after, None
@@ -288,6 +311,10 @@ class _Queue:
         return wave
 
 
+def finite_images(images: Tensor) -> Tensor:
+    """Which images have finite pixels only: (N, C, H, W) -> (N,) bool."""
+    return images.flatten(1).sum(1).isfinite()
+
+
 def _not_finite(labels: np.ndarray, known: dict[int, str]) -> dict[int, str]:
-    reason = "pixels or features are NaN or infinite"
-    return {int(i): reason for i in np.flatnonzero(labels < 0) if int(i) not in known}
+    return {int(i): NOT_FINITE for i in np.flatnonzero(labels < 0) if int(i) not in known}

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from jsonargparse import auto_cli
 
-from ssl_exit.clusterer import ExitClusterer
+from ssl_exit.clusterer import ExitClusterer, load
 from ssl_exit.data.images import FolderImages
 from ssl_exit.data.preprocessing import Preprocessing
 from ssl_exit.encoders import graph
 from ssl_exit.encoders.build import EncoderSpec
 from ssl_exit.errors import InputError
 from ssl_exit.report.tables import exit_points_table, exit_table, summary, text_table
-from ssl_exit.storage import load, whole_file, write_labels
+from ssl_exit.storage import check_model_folder, whole_file, write_labels
 
 IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
@@ -63,7 +63,8 @@ def fit(
     """Fit clusters, exits and thresholds to a folder of unlabelled images, and save the model.
 
     Args:
-        encoder: a torchvision architecture, timm:NAME, resnet20_cifar, resnet56_cifar, or module:function.
+        encoder: a torchvision architecture, timm:NAME, resnet20_cifar, resnet56_cifar, or
+            module:function (found in the current folder or on the Python path).
         data: folder of images, searched recursively; no labels are used.
         out: folder for the model.
         weights: weights file (.safetensors, .pt, .pth, .ckpt), or DEFAULT to download.
@@ -89,6 +90,7 @@ def fit(
     imported = ":" in encoder and not encoder.startswith("timm:")
     if weights is None and not imported:
         raise InputError(f"encoder {encoder!r} needs --weights: a weights file, or DEFAULT to download")
+    check_model_folder(Path(out))  # before hours of work, not after
     c = ExitClusterer(
         EncoderSpec(encoder, weights),
         n_clusters=n_clusters,
@@ -107,9 +109,10 @@ def fit(
         holdout=holdout,
         num_workers=num_workers,
     )
-    c.fit(data)
+    images = FolderImages(Path(data), c.preprocessing)
+    c.fit(images)
     c.save(out)
-    _list_skipped(c.skipped_, FolderImages(Path(data), c.preprocessing).paths)
+    _list_skipped(c.skipped_, images.paths)
     seconds = (c.stage_seconds_.cumsum() + c.exit_seconds_.cumsum()) / c.stage_seconds_.sum()
     rows = [
         (name, f"{macs:.3f}", f"{time:.3f}")
@@ -134,15 +137,13 @@ def predict(model: str, data: str, out: str = "labels.csv", num_workers: int = 0
     """
     c = load(model, device=device)
     c.num_workers = num_workers
-    paths = FolderImages(Path(data), c.preprocessing).paths
-    result = c.run(data)
-    write_labels(Path(out), paths, result, c.exit_names_)
-    _list_skipped(result.skipped, paths)
+    images = FolderImages(Path(data), c.preprocessing)
+    result = c.run(images)
+    write_labels(Path(out), images.paths, result, c.exit_names_)
+    _list_skipped(result.skipped, images.paths)
     good = result.labels >= 0
-    print(
-        f"{good.sum()} images clustered at mean cost {result.cost[good].mean():.3f} of the whole encoder's "
-        f"multiply-adds, {len(result.skipped)} skipped; written to {out}"
-    )
+    cost = f" at mean cost {result.cost[good].mean():.3f} of the whole encoder's multiply-adds" if good.any() else ""
+    print(f"{good.sum()} images clustered{cost}, {len(result.skipped)} skipped; written to {out}")
 
 
 def evaluate(model: str, data: str, out: str | None = None, num_workers: int = 0, device: str = "auto") -> None:
@@ -159,9 +160,9 @@ def evaluate(model: str, data: str, out: str | None = None, num_workers: int = 0
     """
     c = load(model, device=device)
     c.num_workers = num_workers
-    folder = FolderImages(Path(data), c.preprocessing)
-    found = c.evaluate(data, folder.targets)
-    _list_skipped(found.result.skipped, folder.paths)
+    images = FolderImages(Path(data), c.preprocessing)
+    found = c.evaluate(images, images.targets)
+    _list_skipped(found.result.skipped, images.paths)
     print(f"{exit_table(found)}\n\n{summary(found)}\ncertificate               {c.certificate_}")
     if out:
         with whole_file(Path(out)) as draft:
@@ -201,6 +202,7 @@ def main(args: list[str] | None = None) -> None:
     """
     words = [_underscored(word) for word in (sys.argv[1:] if args is None else args)]
     warnings.formatwarning = lambda message, *_args, **_kwargs: f"ssl-exit: {message}\n"
+    sys.path.insert(0, "")  # module:function may lie in the current folder
     about = "Label-free early exit for clustering with self-supervised encoders."
     warnings.filterwarnings("ignore", message=".* could not be used")  # commands list them one by one
     try:

@@ -13,21 +13,26 @@ from sklearn.utils.validation import check_is_fitted
 from torch import nn
 from tqdm.auto import tqdm
 
-from ssl_exit.cascade import ExitResult
+from ssl_exit.cascade import Cascade, ExitResult
 from ssl_exit.data.images import Batch, ImageData, ImageSource, open_images
 from ssl_exit.data.preprocessing import Preprocessing
 from ssl_exit.encoders.build import EncoderSpec
 from ssl_exit.encoders.graph import ExitPoint, as_module
 from ssl_exit.encoders.tapped import TappedEncoder
 from ssl_exit.errors import InputError
-from ssl_exit.exits.certificate import certify
+from ssl_exit.exits.certificate import Certificate, certify
+from ssl_exit.exits.kmeans import FinalClusters
 from ssl_exit.exits.rules import rule_named
 from ssl_exit.exits.thresholds import threshold_path, trade_off
 from ssl_exit.fitting import first_images, fit_cascade
 from ssl_exit.measure.evaluation import Evaluation, evaluate
 from ssl_exit.measure.timing import stage_seconds
+from ssl_exit.storage import WEIGHTS, read_model, write_model
 
+LOGITS_BYTES = 1 << 28  # for the logits of the images that shape the threshold path
 SHAPING = 1 / 3  # share of the held-out images that shape the threshold path; the others certify
+
+_REBUILT = ("encoder", "preprocessing", "exits")  # parameters that a saved model holds in another form
 
 
 class ExitClusterer(BaseEstimator):
@@ -63,12 +68,14 @@ class ExitClusterer(BaseEstimator):
         skipped_: position and reason of images that fit() could not use.
         n_fit_: images behind the statistics; n_sample_: of those, images that k-means saw.
         stage_seconds_, exit_seconds_: measured seconds an image of each stage and of each exit, (E + 1,) each.
+        encoder_: the copy of the encoder that is run; spec_: its EncoderSpec, if it was given as one.
 
     Notes:
-        fit() makes one pass. It holds in memory, beside one batch and whatever the data hold themselves: the
-        descriptors and final features of a random sample (10,000 images, or 256 a cluster if that is more, up
-        to 512 MB), on which k-means runs; one D x D scatter of the accumulated descriptor; and labels and
-        scores of the held-out images.
+        fit() passes once over the images, after timing stages on one batch. It holds in memory, beside one
+        batch and whatever the data hold themselves: the descriptors and final features of a random sample
+        (10,000 images, or 256 a cluster if that is more, up to 512 MB of descriptors), on which k-means runs;
+        one D x D scatter of the accumulated descriptor; logits of the held-out images that shape thresholds
+        (up to 256 MB), and labels and scores of the others.
 
     Examples:
         >>> import torch
@@ -137,8 +144,9 @@ class ExitClusterer(BaseEstimator):
         held = order[: round(self.holdout * len(source))]
         draft = copy.copy(self)  # takes effect when all is done, so that an interrupt loses nothing
         draft._fit(source, order[len(held) :])
-        draft._calibrate(source, held)
+        draft.skipped_ |= draft._calibrate(source, held)
         self.__dict__.update(draft.__dict__)
+        _warn_of(self.skipped_, source)
         return self
 
     def calibrate(
@@ -157,8 +165,9 @@ class ExitClusterer(BaseEstimator):
         draft.confidence = self.confidence if confidence is None else confidence
         draft._check_parameters()
         source = self._open(data)
-        draft._calibrate(source, np.random.default_rng(self.random_state).permutation(len(source)))
+        skipped = draft._calibrate(source, np.random.default_rng(self.random_state).permutation(len(source)))
         self.__dict__.update(draft.__dict__)
+        _warn_of(skipped, source)
         return self
 
     def predict(self, data: ImageData) -> np.ndarray:
@@ -166,7 +175,11 @@ class ExitClusterer(BaseEstimator):
         return self.run(data).labels
 
     def run(self, data: ImageData) -> ExitResult:
-        """Labels, exits, scores and cost of every image, (N,) each, in input order."""
+        """Labels, exits, scores and cost of every image, (N,) each, in input order.
+
+        Raises:
+            InputError: data that cannot be opened, or images of another shape than in fit().
+        """
         self._check_fitted()
         source = self._open(data)
         batches = self._batches(source, np.arange(len(source)), "cluster")
@@ -209,15 +222,36 @@ class ExitClusterer(BaseEstimator):
         if not hasattr(self, "threshold_path_"):
             raise NotFittedError("a loaded model keeps its thresholds but not the path to them; call calibrate(data)")
         source = self._open(data)
-        recorded = self.cascade_.record(self._batches(source, np.arange(len(source)), "record"), len(source))
+        recorded, _ = self.cascade_.record(self._batches(source, np.arange(len(source)), "record"), len(source))
         return trade_off(self.threshold_path_, recorded, self.cascade_.costs)
 
     def save(self, folder: str | Path) -> None:
-        """Write the model into a new folder, or over a model that is there (see `ssl_exit.load`)."""
-        from ssl_exit.storage import save
+        """Write the model into a new folder, or over a model that is there; `load` reads it.
 
+        Raises:
+            InputError: the folder exists and holds anything else.
+        """
         self._check_fitted()
-        save(self, Path(folder))
+        tapped = self.cascade_.tapped
+        exits = {f"rules.{k}": v for k, v in self.cascade_.rules.state_dict().items()}
+        exits |= {"final.centroids": self.cascade_.final.centroids, "thresholds": self.cascade_.thresholds}
+        exits |= {"stage_seconds": torch.from_numpy(self.stage_seconds_)}
+        exits |= {"exit_seconds": torch.from_numpy(self.exit_seconds_)}
+        about = {
+            "encoder": {"spec": self.spec_.name if self.spec_ else None, "class": type(self.encoder_).__name__},
+            "params": {k: v for k, v in self.get_params(deep=False).items() if k not in _REBUILT},
+            "preprocessing": self.preprocessing.to_dict() if self.preprocessing else None,
+            "image": self.image_shape_,
+            "exits": [point.name for point in self.exit_points_],
+            "descriptor": [descriptor.kind for descriptor in tapped.descriptors],
+            "accumulate": tapped.accumulate,
+            "features": "the encoder's output" if tapped.output.layout == "vector" else "average of the output",
+            "certificate": self.certificate_.to_dict(),
+            "skipped": self.skipped_,
+            "n_fit": self.n_fit_,
+            "n_sample": self.n_sample_,
+        }
+        write_model(Path(folder), about, self.encoder_.state_dict(), exits)
 
     @property
     def exit_points_(self) -> list[ExitPoint]:
@@ -238,7 +272,7 @@ class ExitClusterer(BaseEstimator):
         """Final clusters and a rule at every exit, from the images at positions `order`."""
         self.spec_ = self.encoder if isinstance(self.encoder, EncoderSpec) else None
         given = self.encoder.build() if isinstance(self.encoder, EncoderSpec) else as_module(self.encoder)
-        self.encoder_ = copy.deepcopy(given).eval()
+        self.encoder_ = copy.deepcopy(given).cpu().eval()
         example = first_images(source, order, self.batch_size)
         self.image_shape_ = tuple(example.shape[1:])
         tapped = TappedEncoder.build(
@@ -262,21 +296,25 @@ class ExitClusterer(BaseEstimator):
         self.cascade_, self.skipped_ = fitted.cascade, fitted.skipped
         self.n_fit_, self.n_sample_ = fitted.n_fit, fitted.n_sample
         self.stage_seconds_, self.exit_seconds_ = stage_seconds(self.cascade_, example)
-        _warn_of(self.skipped_, source)
 
-    def _calibrate(self, source: ImageSource, held: np.ndarray) -> None:
-        """Thresholds and certificate from the images at positions `held`; the cascade in use stays as it is."""
-        shaping, certifying = np.split(held, [round(SHAPING * len(held))])
+    def _calibrate(self, source: ImageSource, held: np.ndarray) -> dict[int, str]:
+        """Thresholds and certificate from the images at positions `held`, and which of them were unusable.
+
+        The cascade in use stays as it is; a new one takes its place.
+        """
         cascade = self.cascade_.with_own_rules()
-        logits, final = cascade.logits(self._batches(source, shaping, "calibrate"), len(shaping))
+        room = LOGITS_BYTES // (4 * cascade.thresholds.numel())
+        shaping, certifying = np.split(held, [min(round(SHAPING * len(held)), room)])
+        logits, final, skipped = cascade.logits(self._batches(source, shaping, "calibrate"), len(shaping))
         recorded = cascade.fit_temperatures(logits, final)
         path = threshold_path(recorded, cascade.costs, self.n_clusters)
-        proof = cascade.record(self._batches(source, certifying, "certify"), len(certifying))
+        proof, more = cascade.record(self._batches(source, certifying, "certify"), len(certifying))
         thresholds, certificate = certify(path, proof, self.max_disagreement, self.confidence)
         cascade.thresholds.copy_(torch.from_numpy(thresholds))
         self.cascade_, self.certificate_, self.threshold_path_ = cascade, certificate, path
-        if len(held) and certificate.early == 0:
+        if len(held) and certificate.settings == 0:
             warnings.warn(str(certificate), stacklevel=3)
+        return skipped | more
 
     def _open(self, data: ImageData) -> ImageSource:
         return open_images(data, self.preprocessing, self.num_workers)
@@ -301,21 +339,82 @@ class ExitClusterer(BaseEstimator):
 
     def _check_parameters(self) -> None:
         rule_named(self.rule)
-        for name, least in (("n_clusters", 1), ("batch_size", 1)):
+        self._device()
+        for name, least in (("n_clusters", 1), ("batch_size", 1), ("random_state", 0), ("num_workers", 0)):
             value = getattr(self, name)
             if not isinstance(value, (int, np.integer)) or value < least:
                 raise InputError(f"{name} must be a whole number >= {least}; got {value!r}")
-        for name in ("max_disagreement", "confidence"):
+        for name, zero in (("max_disagreement", False), ("confidence", False), ("holdout", True)):
             value = getattr(self, name)
-            if not 0 < value < 1:
+            if not isinstance(value, (int, float, np.number)) or not (0 < value < 1 or (zero and value == 0)):
                 raise InputError(f"{name} must lie between 0 and 1; got {value!r}")
-        if not 0 <= self.holdout < 1:
-            raise InputError(f"holdout must be at least 0 and below 1; got {self.holdout!r}")
 
     def _device(self) -> torch.device:
         if self.device == "auto":
             return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        return torch.device(self.device)
+        try:
+            device = torch.device(self.device)
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:
+            raise InputError(f"device {self.device!r} cannot be used: {str(error).splitlines()[0]}") from error
+        return device
+
+
+def load(
+    folder: str | Path, encoder: nn.Module | Sequence[nn.Module] | None = None, device: str = "auto"
+) -> ExitClusterer:
+    """Read a model that `ExitClusterer.save` wrote.
+
+    Args:
+        folder: the model.
+        encoder: a module of the same architecture, for models whose encoder was given as a module; it is
+            copied, and filled with the saved weights. Models saved with an EncoderSpec build their own; for
+            "module:function" that imports the module from the Python path.
+        device: where to run: "auto" or what torch.device takes.
+
+    Raises:
+        InputError: the folder is no model, truncated, changed since it was written, of a newer format, or
+            needs an encoder.
+    """
+    folder = Path(folder)
+    about, weights, exits = read_model(folder)
+    spec = about["encoder"]["spec"]
+    if encoder is None and spec is None:
+        raise InputError(
+            f"model {str(folder)!r} was fitted with a {about['encoder']['class']} given as a module: "
+            "load(folder, encoder=that module)"
+        )
+    filled = copy.deepcopy(EncoderSpec(spec).build() if encoder is None else as_module(encoder)).cpu().eval()
+    try:
+        filled.load_state_dict(weights)
+    except RuntimeError as error:
+        raise InputError(f"the encoder given does not fit model {str(folder)!r}: {error}") from error
+    c = ExitClusterer(
+        filled if spec is None else EncoderSpec(spec, str(folder / WEIGHTS)),
+        exits=about["exits"],
+        preprocessing=Preprocessing(**about["preprocessing"]) if about["preprocessing"] else None,
+        **about["params"] | {"device": device},
+    )
+    tapped = TappedEncoder.build(
+        filled,
+        about["exits"],
+        torch.zeros(1, *about["image"]),
+        descriptor=about["descriptor"],
+        accumulate=about["accumulate"],
+        normalize=c.normalize,
+    )
+    rules = [rule_named(c.rule)(dim, c.n_clusters) for dim in tapped.seen]
+    c.cascade_ = Cascade(tapped.eval(), rules, FinalClusters(exits["final.centroids"], c.spherical))
+    c.cascade_.rules.load_state_dict({k[6:]: v for k, v in exits.items() if k.startswith("rules.")})
+    c.cascade_.thresholds.copy_(exits["thresholds"])
+    c.cascade_.to(c._device())
+    c.encoder_, c.spec_ = filled, EncoderSpec(spec) if spec else None
+    c.image_shape_ = tuple(about["image"])
+    c.certificate_ = Certificate(**about["certificate"])
+    c.stage_seconds_, c.exit_seconds_ = exits["stage_seconds"].numpy(), exits["exit_seconds"].numpy()
+    c.skipped_ = {int(position): reason for position, reason in about["skipped"].items()}
+    c.n_fit_, c.n_sample_ = about["n_fit"], about["n_sample"]
+    return c
 
 
 def _warn_of(skipped: dict[int, str], source: ImageSource) -> None:

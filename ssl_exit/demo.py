@@ -97,7 +97,7 @@ def run_demo(out: Path | None, seed: int, epochs: int, progress: bool = True) ->
         clusterer = ExitClusterer(
             EncoderSpec("ssl_exit.demo:digits_encoder", str(weights)),
             n_clusters=10,
-            max_disagreement=0.03,
+            max_disagreement=0.02,
             preprocessing=Preprocessing(size=8, mean=(0.0,), std=(1.0,)),
             holdout=0,
             random_state=seed,

@@ -1,8 +1,8 @@
 """One pass over the images: a sample for k-means first, then statistics as they stream by.
 
 What is held in memory, beside one batch: the descriptors and final features of a random sample (10,000 images,
-or 256 a cluster if that is more, up to 512 MB), on which k-means runs and from which some rules are made; and
-the statistics, of which the scatter of the descriptors, D x D, is the largest.
+or 256 a cluster if that is more, up to 512 MB of descriptors), on which k-means runs and from which some rules
+are made; and the statistics, of which the scatter of the descriptors, D x D, is the largest.
 """
 
 from collections.abc import Iterable, Iterator
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ssl_exit.cascade import Cascade
+from ssl_exit.cascade import NOT_FINITE, Cascade, finite_images
 from ssl_exit.data.images import Batch, ImageSource
 from ssl_exit.encoders.tapped import TappedEncoder
 from ssl_exit.errors import InputError
@@ -50,7 +50,7 @@ def first_images(source: ImageSource, order: np.ndarray, batch_size: int) -> Ten
     reason = "there are none"
     for batch in source.batches(order, batch_size):
         if len(batch.indices):
-            return batch.images
+            return batch.images.cpu()
         reason = next(iter(batch.skipped.values()))
     raise InputError(f"none of the {len(order)} images to fit on can be read; for example: {reason}")
 
@@ -156,13 +156,12 @@ def _described(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Descriptors and final features, batch by batch; images that are not finite are noted and left out."""
     device = next(tapped.parameters()).device
-    with torch.inference_mode():
-        for batch in batches:
-            skipped.update(batch.skipped)
-            if len(batch.indices) == 0:
-                continue
+    for batch in batches:
+        skipped.update(batch.skipped)
+        if len(batch.indices) == 0:
+            continue
+        with torch.inference_mode():
             descriptors, features = (t.cpu() for t in tapped(batch.images.to(device)))
-            good = descriptors.isfinite().all(1) & features.isfinite().all(1)
-            good &= batch.images.flatten(1).sum(1).isfinite()
-            skipped.update(dict.fromkeys(batch.indices[~good].tolist(), "pixels or features are NaN or infinite"))
-            yield descriptors[good], features[good]
+        good = descriptors.isfinite().all(1) & features.isfinite().all(1) & finite_images(batch.images).cpu()
+        skipped.update(dict.fromkeys(batch.indices[~good].tolist(), NOT_FINITE))
+        yield descriptors[good], features[good]

@@ -76,12 +76,19 @@ def untrained(name: str, images: Tensor) -> nn.Module:
     return encoder.eval()
 
 
-@pytest.fixture(scope="session", params=["resnet20", "mobilenet", "vit"])
+@pytest.fixture(scope="session", params=["resnet20", "resnet20 alone", "mobilenet", "vit"])
 def fitted(request, rgb_digits) -> ExitClusterer:
     """A clusterer fitted to 800 of the rgb_digits, whose test images leave at several exits."""
-    encoder = untrained(request.param, rgb_digits)
+    name, _, alone = request.param.partition(" ")
     clusterer = ExitClusterer(
-        encoder, n_clusters=5, max_disagreement=0.2, confidence=0.5, batch_size=64, device="cpu", progress=False
+        untrained(name, rgb_digits),
+        n_clusters=5,
+        max_disagreement=0.2,
+        confidence=0.5,
+        batch_size=64,
+        device="cpu",
+        accumulate=not alone,
+        progress=False,
     )
     return clusterer.fit(rgb_digits[:800])
 

@@ -21,7 +21,7 @@ def run(clusterer, images, batch_size):
 
 def test_batched_equals_one_by_one_equals_simulated(fitted, test_images):
     source = open_images(test_images)
-    recorded = fitted.cascade_.record(source.batches(np.arange(len(test_images)), 64), len(test_images))
+    recorded, _ = fitted.cascade_.record(source.batches(np.arange(len(test_images)), 64), len(test_images))
     labels, exits = simulate(recorded, fitted.cascade_.thresholds.numpy())
     assert len(np.unique(exits)) >= 3  # otherwise equality shows little
     sizes = np.random.default_rng(0).integers(2, 150, size=5).tolist()
@@ -34,7 +34,7 @@ def test_batched_equals_one_by_one_equals_simulated(fitted, test_images):
 
 def test_scores_are_those_of_the_exit_taken(fitted, test_images):
     source = open_images(test_images)
-    recorded = fitted.cascade_.record(source.batches(np.arange(len(test_images)), 50), len(test_images))
+    recorded, _ = fitted.cascade_.record(source.batches(np.arange(len(test_images)), 50), len(test_images))
     result = run(fitted, test_images, 32)
     early = result.exits < len(fitted.exit_points_)
     taken = recorded.scores[np.flatnonzero(early), result.exits[early]]

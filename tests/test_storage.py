@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-import ssl_exit.storage as storage
-from ssl_exit import EncoderSpec, ExitClusterer, Preprocessing, load
+from ssl_exit import EncoderSpec, ExitClusterer, Preprocessing, load, storage
 from ssl_exit.demo import digits_encoder
 from ssl_exit.errors import InputError
+from ssl_exit.training.simclr import seeded
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +55,27 @@ def test_a_spec_builds_its_own_encoder(digits, tmp_path):
     np.testing.assert_array_equal(loaded.predict(digits[900:]), c.predict(digits[900:]))
 
 
+def test_a_loaded_model_can_be_fitted_again_from_the_saved_weights(digits, tmp_path):
+    with seeded(1):
+        spec = EncoderSpec("ssl_exit.demo:digits_encoder")
+        c = ExitClusterer(spec, max_disagreement=0.2, confidence=0.5, progress=False, device="cpu").fit(digits[:900])
+    c.save(tmp_path / "model")
+    again = load(tmp_path / "model", device="cpu").fit(digits[:900])
+    np.testing.assert_array_equal(again.predict_full(digits[900:]), c.predict_full(digits[900:]))
+
+
+def test_skipped_images_and_numpy_parameters_are_saved(digits, tmp_path):
+    images = digits[:900].clone()
+    images[[2, 10, 300]] = torch.nan
+    c = ExitClusterer(digits_encoder(), n_clusters=np.int64(5), max_disagreement=0.2, confidence=0.5, progress=False)
+    c.set_params(device=torch.device("cpu"))
+    with pytest.warns(UserWarning, match="3 of 900 images could not be used"):
+        c.fit(images)
+    assert sorted(c.skipped_) == [2, 10, 300]
+    c.save(tmp_path / "model")
+    assert load(tmp_path / "model", encoder=digits_encoder()).skipped_ == c.skipped_
+
+
 def test_no_pickle_in_the_folder(model):
     assert sorted(f.name for f in model.iterdir()) == ["encoder.safetensors", "exits.safetensors", "model.json"]
     json.loads((model / "model.json").read_text())
@@ -66,9 +87,13 @@ def test_a_model_is_replaced_whole_and_other_folders_are_left_alone(clusterer, m
     other = tmp_path / "thesis"
     other.mkdir()
     (other / "chapter1.tex").write_text("years of work")
-    with pytest.raises(InputError, match="exists and is not a model"):
+    with pytest.raises(InputError, match="exists and is not just a model"):
         clusterer.save(other)
     assert (other / "chapter1.tex").read_text() == "years of work"
+    (model / "labels.csv").write_text("mine")
+    with pytest.raises(InputError, match="exists and is not just a model"):
+        clusterer.save(model)
+    assert (model / "labels.csv").exists()
 
 
 def test_an_interrupted_save_leaves_the_old_model(clusterer, model, tmp_path, monkeypatch):

@@ -16,7 +16,7 @@ from ssl_exit.data.preprocessing import Preprocessing
 from ssl_exit.errors import InputError
 
 ImageData = Tensor | Dataset | DataLoader | str | Path
-EXTENSIONS = frozenset(Image.registered_extensions())
+EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 
 @dataclass(frozen=True)
@@ -91,11 +91,11 @@ class FolderImages(Dataset):
             raise InputError(f"{str(folder)!r} is not a folder; give a folder of images")
         if preprocessing is None:
             raise InputError("a folder of images needs a preprocessing (size, mean, std)")
-        found = (os.path.join(at, name) for at, _, names in os.walk(folder) for name in names)
+        found = (os.path.join(at, name) for at, _, names in os.walk(folder, followlinks=True) for name in names)
         self.folder = folder
         self.paths = sorted(os.path.relpath(p, folder) for p in found if Path(p).suffix.lower() in EXTENSIONS)
         if not self.paths:
-            raise InputError(f"folder {str(folder)!r} holds no image files ({', '.join(sorted(EXTENSIONS)[:8])}, ...)")
+            raise InputError(f"folder {str(folder)!r} holds no image files ({', '.join(EXTENSIONS)})")
         parents = [Path(path).parts[:-1] for path in self.paths]
         self.classes = sorted({p[0] for p in parents}) if all(parents) else []
         self.preprocessing = preprocessing
@@ -116,7 +116,7 @@ class FolderImages(Dataset):
         try:
             with Image.open(self.folder / self.paths[index]) as image:
                 return self.preprocessing(image)
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        except Exception as error:  # decoders raise whatever a damaged file leads them to
             return f"{type(error).__name__}: {error}"
 
 

@@ -49,7 +49,8 @@ class Preprocessing:
             float32, (..., C, size, size).
 
         Raises:
-            InputError: pixels that are not uint8 or have the wrong number of channels.
+            InputError: pixels that are neither uint8 nor of a PIL mode with a known range, or have the wrong number
+                of channels.
         """
         pixels = self._decode(image) if isinstance(image, Image.Image) else image
         if pixels.dtype != torch.uint8 or pixels.dim() < 3 or pixels.shape[-3] != len(self.mean):
@@ -66,9 +67,11 @@ class Preprocessing:
         return pixels.float().div_(255).sub_(mean).div_(std)
 
     def _decode(self, image: Image.Image) -> Tensor:
-        if image.mode.startswith("I") or image.mode == "F":  # 16-bit files open as I;16 or I
-            deep = np.asarray(image, dtype=np.float64)
-            image = Image.fromarray(np.clip(deep / (257 if deep.max() > 255 else 1), 0, 255).round().astype(np.uint8))
+        if image.mode == "F":
+            raise InputError("floating-point pixels have no known range; save the images with 8 or 16 bits")
+        if image.mode.startswith("I"):  # 16-bit files
+            deep = np.clip(np.asarray(image, dtype=np.float64) / 257, 0, 255)
+            image = Image.fromarray(deep.round().astype(np.uint8))
         return TF.pil_to_tensor(image.convert("RGB" if len(self.mean) == 3 else "L"))
 
     def to_dict(self) -> dict[str, Any]:

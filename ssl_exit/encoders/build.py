@@ -61,14 +61,18 @@ class EncoderSpec:
             if not timm.is_model(self.name[5:]):
                 raise InputError(f"timm has no model {self.name[5:]!r}; see timm.list_models()")
             model = timm.create_model(self.name[5:], pretrained=download, num_classes=0)
-            return model, timm.get_pretrained_cfg_value(self.name[5:], "classifier")
+            classifier = timm.get_pretrained_cfg_value(self.name[5:], "classifier")
+            return model, classifier if isinstance(classifier, str) else None
         if self.name not in torchvision.models.list_models(torchvision.models):
             raise InputError(
                 f"no encoder {self.name!r}: expected one of {sorted(OWN)}, a torchvision classification architecture, "
                 "timm:NAME, or module:function"
             )
         model = torchvision.models.get_model(self.name, weights="DEFAULT" if download else None)
-        classifier = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)][-1]
+        linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+        if not linear:
+            raise InputError(f"{self.name!r} ends in no linear classifier that could be removed; give module:function")
+        classifier = linear[-1]
         parent, _, leaf = classifier.rpartition(".")
         setattr(model.get_submodule(parent), leaf, nn.Identity())
         return model, classifier
@@ -78,8 +82,10 @@ def _imported(name: str) -> nn.Module:
     module, _, function = name.partition(":")
     try:
         encoder = getattr(importlib.import_module(module), function)()
-    except (ImportError, AttributeError) as error:
-        raise InputError(f"encoder {name!r} cannot be imported: {error}; expected module:function") from error
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
+        raise InputError(
+            f"encoder {name!r} cannot be built: {error}; expected module:function, called without arguments"
+        ) from error
     if not isinstance(encoder, nn.Module):
         raise InputError(f"encoder {name!r} must return a torch.nn.Module; it returned {type(encoder).__name__}")
     return encoder

@@ -106,7 +106,8 @@ class Chain(nn.Module):
             self.add_module(f"stage{i}", module)
 
     def forward(self, x: Tensor) -> Tensor:
-        for module in self.children():
+        for module in self._modules.values():  # children() would skip a module that stands here twice
+            assert module is not None
             x = module(x)
         return x
 
@@ -130,7 +131,7 @@ def trace(encoder: nn.Module | Sequence[nn.Module], example: Tensor) -> TracedEn
     if not isinstance(example, Tensor) or example.dim() < 2 or len(example) == 0:
         got = tuple(example.shape) if isinstance(example, Tensor) else type(example).__name__
         raise InputError(f"the example must be a tensor of images, (N, C, H, W), with N >= 1; got {got}")
-    with _eval_mode(root):
+    with eval_mode(root):
         graph, names = _symbolic_graph(root)
         dependent = _depends_on_images(graph)
         module = fx.GraphModule(root, graph)
@@ -149,7 +150,7 @@ def trace(encoder: nn.Module | Sequence[nn.Module], example: Tensor) -> TracedEn
     return TracedEncoder(root, graph, names, points, nodes, dependent, macs)
 
 
-class _eval_mode:
+class eval_mode:
     """Hold a module in eval mode for a while; every submodule gets its own mode back."""
 
     def __init__(self, module: nn.Module) -> None:
@@ -179,11 +180,12 @@ def _symbolic_graph(root: nn.Module) -> tuple[fx.Graph, dict[fx.Node, str]]:
             "control flow that depends on the images; or give the stages by hand: a list of modules, run in order"
         ) from error
     names = dict(tracer.node_to_qualname)
-    for node in list(graph.nodes)[::-1]:
-        bound = node.op == "placeholder" and node.prev.op == "placeholder"
-        if bound or (node.op == "call_function" and "has been specialized" in str(node.args)):
-            graph.erase_node(node)
-            names.pop(node, None)
+    _, *bound = [node for node in graph.nodes if node.op == "placeholder"]
+    checks = [node for node in graph.nodes if "has been specialized" in str(node.args) and node.op == "call_function"]
+    conditions = [source for node in checks for source in node.all_input_nodes if source not in bound]
+    for node in [*checks, *conditions, *bound]:
+        graph.erase_node(node)
+        names.pop(node, None)
     for node in graph.nodes:
         if node.op == "output" and not isinstance(node.args[0], fx.Node):
             raise InputError(f"the encoder must return one tensor; {type(root).__name__} returns {node.args[0]!r}")

@@ -8,6 +8,8 @@ from torch import Tensor, fx, nn
 from ssl_exit.encoders.graph import ExitPoint, TracedEncoder, stage_nodes, trace
 from ssl_exit.errors import InputError
 
+WIDEST = 4096  # entries of an (accumulated) descriptor; its covariance then takes 134 MB in float64
+
 
 class StagedEncoder(nn.Module):
     """An encoder cut at its exit points; running all stages equals running the encoder, bit for bit.
@@ -66,9 +68,12 @@ def split(encoder: nn.Module | Sequence[nn.Module], exits: Sequence[str] | str, 
 def choose_exits(points: Sequence[ExitPoint], most: int = 8) -> list[int]:
     """Indices of at most `most` exit points spread evenly over the cost between 5 % and 95 %.
 
-    Of points at one cost (a convolution, its normalisation, its activation) the last is taken.
+    Of points at one cost (a convolution, its normalisation, its activation) the last is taken. Vectors of more
+    than `WIDEST` entries (maps flattened for a classifier) are left out.
     """
-    last_at_cost = {round(point.cost, 4): i for i, point in enumerate(points)}
+    points = list(points)
+    narrow = [point for point in points if len(point.shape) > 1 or point.shape[0] <= WIDEST]
+    last_at_cost = {round(point.cost, 4): i for i, point in enumerate(points) if point in narrow}
     usable = [i for cost, i in last_at_cost.items() if 0.05 <= cost <= 0.95]
     targets = [(j + 1) / (most + 1) for j in range(most)]
     return sorted({min(usable, key=lambda i: abs(points[i].cost - t)) for t in targets}) if usable else []

@@ -7,10 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from ssl_exit.encoders.descriptors import Descriptor, layout_of
-from ssl_exit.encoders.stages import StagedEncoder, split
+from ssl_exit.encoders.graph import eval_mode
+from ssl_exit.encoders.stages import WIDEST, StagedEncoder, split
 from ssl_exit.errors import InputError
-
-WIDEST = 4096  # entries of an accumulated descriptor; its covariance then takes 134 MB in float64
 
 
 class TappedEncoder(nn.Module):
@@ -81,10 +80,12 @@ class TappedEncoder(nn.Module):
                 kinds = ["average"] * len(shapes)
         else:
             kinds = [descriptor] * len(shapes) if isinstance(descriptor, str) else list(descriptor)
+            if len(kinds) != len(shapes):
+                raise InputError(f"{len(kinds)} descriptors were given for {len(shapes)} exits; give one an exit")
         descriptors = [Descriptor(*args, normalize) for args in zip(kinds, shapes, layouts, strict=True)]
         accumulate = accumulate and sum(d.dim for d in descriptors) <= WIDEST
-        with torch.no_grad():
-            shape = tuple(staged.eval()(example[:1]).shape[1:])
+        with torch.no_grad(), eval_mode(staged):
+            shape = tuple(staged(example[:1]).shape[1:])
         layout = layout_of(shape, image)
         return cls(staged, descriptors, Descriptor("average", shape, layout), accumulate)
 
@@ -95,6 +96,10 @@ class TappedEncoder(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """All descriptors side by side, (N, dim), and final features, (N, F)."""
-        *tensors, output = self.staged.tensors(images)
-        described = [d(t) for d, t in zip(self.descriptors, tensors, strict=True)]
-        return torch.cat(described, dim=1), self.output(output)
+        described = []
+        *stages, last = self.staged.stages
+        x = images
+        for stage, descriptor in zip(stages, self.descriptors, strict=True):
+            x = stage(x)
+            described.append(descriptor(x))  # at once: the next stage may change x in place
+        return torch.cat(described, dim=1), self.output(last(x))

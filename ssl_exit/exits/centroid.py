@@ -20,7 +20,6 @@ class CentroidRule(ExitRule):
     needs_scatter = True
     weight: Tensor
     bias: Tensor
-    center: Tensor
 
     def __init__(self, dim: int, n_clusters: int) -> None:
         super().__init__(dim, n_clusters)

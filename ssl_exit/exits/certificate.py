@@ -21,6 +21,7 @@ class Certificate:
         bound: Clopper-Pearson upper bound on the share of disagreement, at `confidence`, for a setting fixed
             in advance.
         early: share of those images that left before the end.
+        settings: how many settings of the path were accepted; with none, nothing exits early.
     """
 
     max_disagreement: float
@@ -29,14 +30,16 @@ class Certificate:
     disagreements: int
     bound: float
     early: float
+    settings: int
 
     def __str__(self) -> str:
-        if self.early == 0:
+        if self.settings == 0:
             needed = fewest_images(self.max_disagreement, self.confidence)
+            why = f"at least {needed} are needed" if self.n < needed else "even the surest setting disagrees too often"
             return (
                 f"no image may exit early: {self.n} held-out images certify no setting at disagreement <= "
-                f"{self.max_disagreement:.2%} with confidence {self.confidence:.0%} (at least {needed} are needed; "
-                "give calibrate() more images, raise max_disagreement or lower confidence)"
+                f"{self.max_disagreement:.2%} with confidence {self.confidence:.0%} ({why}; give calibrate() more "
+                "images, raise max_disagreement or lower confidence)"
             )
         return (
             f"disagreement <= {self.max_disagreement:.2%} with confidence {self.confidence:.0%} "
@@ -66,7 +69,7 @@ def certify(
         The thresholds to use, (E, K), and their certificate.
     """
     n = len(recorded)
-    accepted, errors, early = path[0], 0, 0.0
+    accepted, errors, early, settings = path[0], 0, 0.0, 0
     allowed = most_disagreements(n, max_disagreement, confidence)
     for thresholds in path[1:]:
         labels, exits = simulate(recorded, thresholds)
@@ -74,7 +77,9 @@ def certify(
         if disagreements > allowed:
             break
         accepted, errors, early = thresholds, disagreements, float((exits < path.shape[1]).mean())
-    return accepted, Certificate(max_disagreement, confidence, n, errors, upper_bound(errors, n, confidence), early)
+        settings += 1
+    bound = upper_bound(errors, n, confidence)
+    return accepted, Certificate(max_disagreement, confidence, n, errors, bound, early, settings)
 
 
 def most_disagreements(n: int, max_disagreement: float, confidence: float) -> int:

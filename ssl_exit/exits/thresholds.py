@@ -51,7 +51,7 @@ def trade_off(path: np.ndarray, recorded: Recorded, costs: np.ndarray) -> tuple[
 
 
 def threshold_path(
-    recorded: Recorded, costs: np.ndarray, n_clusters: int, steps: int = 40, between: int = 8
+    recorded: Recorded, costs: np.ndarray, n_clusters: int, steps: int = 40, between: int = 24
 ) -> np.ndarray:
     """Settings from "never exit" to "always exit at the first", cheaper and less sure step by step.
 
@@ -120,6 +120,7 @@ def _best_cut(scores: np.ndarray, gain: np.ndarray) -> float:
     return float(scores[last] + scores[last + 1]) / 2 if last + 1 < len(scores) else float(scores[last])
 
 
+_SUREST = 1 - 1e-6  # no finite threshold above it: closer to 1, rounding would decide
 _FAR = 25.0  # log-odds beyond which a score is 0 or 1 and a threshold means always or never
 
 
@@ -130,4 +131,4 @@ def _log_odds(thresholds: np.ndarray) -> np.ndarray:
 
 
 def _from_log_odds(z: np.ndarray) -> np.ndarray:
-    return np.where(z >= _FAR, NEVER, np.where(z <= -_FAR, 0.0, 1 / (1 + np.exp(-z))))
+    return np.where(z >= _FAR, NEVER, np.where(z <= -_FAR, 0.0, np.minimum(1 / (1 + np.exp(-z)), _SUREST)))

@@ -5,10 +5,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
-from ssl_exit.cascade import Cascade, ExitResult, _Run
+from ssl_exit.cascade import Cascade, ExitResult, Run
 from ssl_exit.data.images import Batch
+from ssl_exit.errors import InputError
 from ssl_exit.measure.metrics import against_targets, agreement
 from ssl_exit.measure.timing import now
 
@@ -75,7 +75,6 @@ class Evaluation:
         }
 
 
-@torch.inference_mode()
 def evaluate(
     cascade: Cascade, batches: Iterable[Batch], n: int, batch_size: int, targets: np.ndarray | None = None
 ) -> Evaluation:
@@ -87,20 +86,25 @@ def evaluate(
         n: how many there are.
         batch_size: images a stage runs on at a time.
         targets: ground truth, (n,), for ACC, NMI and ARI; used here only.
+
+    Raises:
+        InputError: no image can be used.
     """
     device = cascade.thresholds.device
-    run = _Run(cascade, n, batch_size)
+    run = Run(cascade, n, batch_size)
     full = np.full(n, -1, dtype=np.int64)
     seconds = {"early": 0.0, "full": 0.0}
 
     def whole(batch: Batch) -> None:
-        labels, _ = cascade.full([batch], n)
-        full[batch.indices.numpy()] = labels[batch.indices.numpy()]
+        if len(batch.indices):
+            full[batch.indices.numpy()] = cascade.labels(batch.images).cpu().numpy()
 
+    warm = False
     for i, batch in enumerate(batches):
-        if i == 0:  # once outside the clock, to warm up
-            _Run(cascade, n, batch_size).push(batch)
+        if not warm and len(batch.indices):  # once outside the clock
+            Run(cascade, n, batch_size).push(batch)
             whole(batch)
+            warm = True
         steps = {"early": run.push, "full": whole}
         for name in list(steps)[:: 1 if i % 2 else -1]:  # take turns at going first
             start = now(device)
@@ -111,6 +115,8 @@ def evaluate(
     seconds["early"] += now(device) - start
 
     good = result.labels >= 0
+    if not good.any():
+        raise InputError(f"none of the {n} images can be used; the first: {result.skipped[min(result.skipped)]}")
     metrics: dict[str, float] = {}
     if targets is not None:
         metrics = against_targets(result.labels[good], targets[good])

@@ -1,4 +1,4 @@
-"""Measured time: of stages, and of a cascade beside the whole encoder."""
+"""Measured time of stages and exits."""
 
 import time
 

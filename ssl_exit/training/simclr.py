@@ -9,9 +9,9 @@ plain SimCLR.
 """
 
 import math
-import random
 from collections.abc import Callable, Iterator
-from itertools import pairwise
+from contextlib import contextmanager
+from itertools import accumulate, pairwise
 
 import torch
 from lightly.loss import NTXentLoss
@@ -40,7 +40,7 @@ def train_simclr(
 
     Args:
         tapped: the encoder and its exits; it is left in eval mode.
-        images: (N, C, H, W) float.
+        images: (N, C, H, W) float, on the encoder's device.
         augment: a batch of images to a batch of random views of them.
         epochs: passes over the images.
         batch_size: images a step; each gives two views.
@@ -51,20 +51,23 @@ def train_simclr(
         progress: show a progress bar on a terminal.
 
     Raises:
-        InputError: fewer images than a batch holds, or a loss that is not finite.
+        InputError: no epochs, fewer images than a batch holds, or a loss that is not finite.
     """
+    if epochs < 1:
+        raise InputError(f"epochs must be at least 1; got {epochs}")
     if len(images) < batch_size:
         raise InputError(f"{len(images)} images do not fill one batch of {batch_size}; lower batch_size")
     with seeded(seed):
         with torch.no_grad():
             features = tapped.eval()(images[:2])[1].shape[1]
-        heads = nn.ModuleList([_head(features), *(_head(d.dim) for d in tapped.descriptors)])
+        exits = tapped.descriptors if exit_weight else []
+        heads = nn.ModuleList([_head(features), *(_head(d.dim) for d in exits)]).to(images.device)
         loss_of = NTXentLoss(temperature)
         steps = epochs * (len(images) // batch_size)
         parameters = [*tapped.parameters(), *heads.parameters()]
         optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=1e-4)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps)
-        ends = [0, *torch.tensor([d.dim for d in tapped.descriptors]).cumsum(0).tolist()]
+        ends = list(accumulate((d.dim for d in exits), initial=0))
 
         def projections(views: Tensor) -> Iterator[Tensor]:
             described, output = tapped(views)
@@ -79,7 +82,7 @@ def train_simclr(
                     continue
                 views = torch.cat([augment(images[chosen]), augment(images[chosen])])
                 final, *early = (loss_of(*z.chunk(2)) for z in projections(views))
-                loss = final + (exit_weight * sum(early) / len(early) if early and exit_weight else 0)
+                loss = final + (exit_weight * sum(early) / len(early) if early else 0)
                 if not math.isfinite(loss.item()):
                     raise InputError(f"the loss became {loss.item()} at step {bar.n}; lower learning_rate")
                 optimizer.zero_grad()
@@ -96,16 +99,9 @@ def _head(dim: int) -> SimCLRProjectionHead:
     return SimCLRProjectionHead(dim, hidden_dim=128, output_dim=64)
 
 
-class seeded:
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
     """Draw from a seed for a while; the global generators go on afterwards as if nothing had been."""
-
-    def __init__(self, seed: int) -> None:
-        self.seed = seed
-
-    def __enter__(self) -> None:
-        self.state, self.python = torch.get_rng_state(), random.getstate()
-        torch.manual_seed(self.seed)
-
-    def __exit__(self, *_: object) -> None:
-        torch.set_rng_state(self.state)
-        random.setstate(self.python)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield

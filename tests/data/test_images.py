@@ -78,17 +78,21 @@ def test_mixed_sizes_and_modes(tmp_path):
     rgb = rng.integers(0, 256, (9, 9, 3), dtype=np.uint8)
     Image.fromarray(grey).save(tmp_path / "grey.png")
     Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "deep.png")
+    Image.fromarray(grey.astype(np.uint16)).save(tmp_path / "dark.png")  # 16 bits, all of them low
+    Image.fromarray(grey.astype(np.float32)).save(tmp_path / "float.tif")
     Image.fromarray(rgb).save(tmp_path / "rgb.jpg")
     Image.fromarray(rgb).convert("RGBA").save(tmp_path / "rgba.png")
     Image.fromarray(rgb).convert("P").save(tmp_path / "palette.gif")
     Image.fromarray(rgb).convert("CMYK").save(tmp_path / "cmyk.tif")
     Image.fromarray(grey > 128).save(tmp_path / "binary.png")
     source = open_images(tmp_path, RGB)
-    _, images, skipped = everything(source)
-    assert images.shape == (7, 3, 8, 8)
-    assert not skipped
-    by_name = dict(zip(source.paths, images, strict=True))
+    indices, images, skipped = everything(source)
+    assert images.shape == (8, 3, 8, 8)
+    assert [source.paths[i] for i in skipped] == ["float.tif"]
+    assert "no known range" in next(iter(skipped.values()))
+    by_name = dict(zip([source.paths[i] for i in indices], images, strict=True))
     torch.testing.assert_close(by_name["deep.png"], by_name["grey.png"], atol=1 / 255, rtol=0)
+    assert by_name["dark.png"].max() <= 1 / 255
 
 
 class Stream(IterableDataset):

@@ -15,6 +15,10 @@ def tiny() -> nn.Module:
     return nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3))
 
 
+def needs_arguments(width: int) -> nn.Module:
+    return nn.Linear(width, width)
+
+
 def not_a_module() -> int:
     return 3
 
@@ -73,8 +77,10 @@ def test_files_that_hold_no_weights_are_refused_and_run_nothing(tmp_path):
     [
         ("resnet99", None, "no encoder 'resnet99'"),
         ("timm:nothing", None, "timm has no model"),
-        ("no.such.module:f", None, "cannot be imported"),
-        ("tests.encoders.test_build:absent", None, "cannot be imported"),
+        ("no.such.module:f", None, "cannot be built"),
+        ("tests.encoders.test_build:absent", None, "cannot be built"),
+        ("tests.encoders.test_build:needs_arguments", None, "called without arguments"),
+        ("squeezenet1_0", None, "no linear classifier"),
         ("tests.encoders.test_build:not_a_module", None, "returned int"),
         ("resnet20_cifar", "DEFAULT", "no weights to download"),
         ("tests.encoders.test_build:tiny", "DEFAULT", "no weights to download"),

@@ -76,6 +76,14 @@ def test_tensors_of_other_ranks_are_refused():
         layout_of((2, 3, 4, 5), (32, 32))
 
 
+def test_a_descriptor_is_taken_before_the_next_stage_changes_its_tensor(rgb_digits):
+    layers = torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(inplace=True), torch.nn.Conv2d(8, 8, 3)
+    tapped = TappedEncoder.build(torch.nn.Sequential(*layers), ["0"], rgb_digits[:1], descriptor="average").eval()
+    with torch.no_grad():
+        described, _ = tapped(rgb_digits[:4])
+        torch.testing.assert_close(described, layers[0](rgb_digits[:4]).mean((2, 3)))
+
+
 def test_accumulated_and_single_columns(rgb_digits):
     encoder = untrained("resnet20", rgb_digits)
     build = {"exits": ["layer1", "layer2"], "example": rgb_digits[:1], "descriptor": "average"}

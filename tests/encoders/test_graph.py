@@ -9,6 +9,7 @@ from torch import nn
 from ssl_exit import list_exits
 from ssl_exit.encoders.graph import trace
 from ssl_exit.encoders.resnet_cifar import resnet20_cifar
+from ssl_exit.encoders.stages import split
 from ssl_exit.errors import InputError
 
 IMAGES = torch.zeros(1, 3, 32, 32)
@@ -47,6 +48,16 @@ def test_optional_inputs_are_bound_to_their_defaults():
             return self.b(x if not causal else -x)
 
     assert [p.name for p in list_exits(Masked(), IMAGES)] == ["a"]
+
+    class Flagged(Masked):
+        def forward(self, x, both: bool = True, scale: int = 2, mask=None):
+            return self.b(self.a(x)) * scale if both else self.a(x)
+
+    traced = trace(Flagged(), IMAGES)
+    assert [p.name for p in traced.points] == ["a", "b"]
+    assert sum(node.op == "placeholder" for node in traced.graph.nodes) == 1
+    with torch.no_grad():
+        assert torch.equal(split(module := Flagged(), ["a"], IMAGES)(IMAGES), module(IMAGES))
     timm_vit = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=0)
     assert len(list_exits(timm_vit, IMAGES)) > 20
 
@@ -108,8 +119,11 @@ def test_manual_stages():
         def forward(self, x):
             return x * 2 if float(x.sum()) > 0 else x * 3
 
-    stages = [Branching(), nn.Conv2d(3, 4, 3), Branching()]
+    stages = [twice := Branching(), nn.Conv2d(3, 4, 3), twice]
     assert [p.name for p in list_exits(stages, IMAGES)] == ["stage0", "stage1"]
+    images = torch.rand(2, 3, 8, 8)
+    with torch.no_grad():
+        assert torch.equal(split(stages, ["stage0"], images)(images), twice(stages[1](twice(images))))
 
 
 @pytest.mark.parametrize(

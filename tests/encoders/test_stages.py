@@ -59,3 +59,4 @@ def test_auto_spreads_exits_over_the_cost_and_takes_the_last_of_equal_points():
     assert choose_exits(points) == [2, 3, 4, 5, 6]
     assert choose_exits(points, most=1) == [4]
     assert choose_exits(points[-2:]) == []
+    assert choose_exits([ExitPoint("wide", (9216,), 0.5), ExitPoint("map", (9216, 2, 2), 0.6)]) == [1]

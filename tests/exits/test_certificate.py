@@ -57,8 +57,13 @@ def test_too_few_images_certify_nothing_and_say_how_many_are_needed():
     path = np.array([NEVER, 0.9])[:, None, None] * np.ones((1, 1, 2))
     thresholds, certificate = certify(path, random_scores(np.random.default_rng(0), 100), 0.02, 0.95)
     assert (thresholds == NEVER).all()
-    assert certificate.early == 0
+    assert certificate.settings == 0
     assert "at least 149" in str(certificate)
+    wrong = random_scores(np.random.default_rng(0), 2000)
+    wrong.labels[:] = 1
+    _, certificate = certify(path, wrong, 0.02, 0.95)
+    assert certificate.settings == 0
+    assert "even the surest setting" in str(certificate)
 
 
 def test_the_guarantee_holds_over_redraws():

@@ -4,7 +4,9 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
+from ssl_exit.errors import InputError
 from ssl_exit.measure.timing import stage_seconds
 from ssl_exit.report.tables import exit_table, summary
 
@@ -44,6 +46,11 @@ def test_without_targets_no_metrics(fitted, rgb_digits):
     evaluation = fitted.evaluate(rgb_digits[800:840])
     assert evaluation.metrics == {}
     assert "ACC" not in summary(evaluation)
+
+
+def test_nothing_usable_is_an_error(fitted, rgb_digits):
+    with pytest.raises(InputError, match="none of the 5 images can be used"):
+        fitted.evaluate(rgb_digits[:5] * torch.nan)
 
 
 def test_stage_times(fitted, rgb_digits):
