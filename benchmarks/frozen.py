@@ -62,33 +62,34 @@ def main() -> None:
         common = {"preprocessing": PREPROCESSING[name], "holdout": 0, "progress": False}
         default = ExitClusterer(encoder(name), **common).fit(fitted)
         e2cm = ExitClusterer(encoder(name), rule="e2cm", descriptor="average", accumulate=False, **common).fit(fitted)
-        plain, costs = plain_scores(default, test), default.cascade_.costs
-        single = trade_off(single_thresholds(plain.scores, default.cascade_.thresholds.shape), plain, costs)
-        for clusterer in (default, e2cm):
-            for confidence in (0.5, 0.95) if clusterer is default else (0.5,):
-                for asked in ASKED:
-                    clusterer.calibrate(held, 1 - asked, confidence)
-                    if asked == ASKED[0]:
-                        curve = clusterer.trade_off(test)
-                    times = args.repeats if confidence == 0.5 and clusterer is default else 1
-                    found = [clusterer.evaluate(test, targets) for _ in range(times)]
-                    figures.append(
-                        {
-                            "encoder": name,
-                            "rule": clusterer.rule,
-                            "confidence": confidence,
-                            "asked": asked,
-                            "agreement": found[0].agreement,
-                            "cost_macs": found[0].cost_macs,
-                            "cost_at_asked": cheapest(curve, asked),
-                            "cost_time": spread([f.cost_time for f in found]),
-                            **found[0].metrics,
-                        }
-                    )
-                    print(row(figures[-1]), flush=True)
-        for asked in ASKED:
-            figures.append({"encoder": name, "rule": "one threshold", "asked": asked})
-            figures[-1]["cost_at_asked"] = cheapest(single, asked)
+        for confidence in (0.5, 0.95):
+            for asked in ASKED:
+                default.calibrate(held, 1 - asked, confidence)
+                if asked == ASKED[0] and confidence == 0.5:
+                    curve = default.trade_off(test)
+                found = [default.evaluate(test, targets) for _ in range(args.repeats if confidence == 0.5 else 1)]
+                figures.append(
+                    {
+                        "encoder": name,
+                        "rule": "centroid",
+                        "confidence": confidence,
+                        "asked": asked,
+                        "agreement": found[0].agreement,
+                        "cost_macs": found[0].cost_macs,
+                        "cost_at_asked": cheapest(curve, asked),
+                        "cost_time": spread([f.cost_time for f in found]),
+                        **found[0].metrics,
+                    }
+                )
+                print(row(figures[-1]), flush=True)
+        plain = plain_scores(default, test)
+        path = single_thresholds(plain.scores, default.cascade_.thresholds.shape)
+        curves = {"one threshold": trade_off(path, plain, default.cascade_.costs)}
+        curves["e2cm"] = e2cm.calibrate(held).trade_off(test)
+        for rule, curve in curves.items():
+            for asked in ASKED:
+                figures.append({"encoder": name, "rule": rule, "asked": asked, "cost_at_asked": cheapest(curve, asked)})
+                print(row(figures[-1]), flush=True)
     head = ("encoder", "rule", "confidence", "asked", "agreement", "cost", "at asked", "time", "ACC early / whole")
     print("\n" + text_table(head, [row(figure) for figure in figures]))
     report("frozen", figures)

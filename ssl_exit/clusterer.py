@@ -30,7 +30,7 @@ from ssl_exit.measure.timing import stage_seconds
 from ssl_exit.storage import WEIGHTS, read_model, write_model
 
 LOGITS_BYTES = 1 << 28  # for the logits of the images that shape the threshold path
-SHAPING = 1 / 3  # share of the held-out images that shape the threshold path; the others certify
+SHAPING = 1 / 4  # share of the held-out images that shape the threshold path; the others certify
 
 _REBUILT = ("encoder", "preprocessing", "exits")  # parameters that a saved model holds in another form
 
@@ -155,7 +155,7 @@ class ExitClusterer(BaseEstimator):
         """Set thresholds and certificate anew, from images that fit() did not see.
 
         Args:
-            data: images like those to come, unlabelled; one third shapes thresholds, two thirds certify.
+            data: images like those to come, unlabelled; a quarter shapes thresholds, the rest certifies.
             max_disagreement: a new value; the one in use if None.
             confidence: a new value; the one in use if None.
         """

@@ -32,10 +32,10 @@ class EuclideanRule(ExitRule):
 
 
 class E2CMRule(EuclideanRule):
-    """E2CM, unsupervised (Gormez, Dasari & Koyuncu, arXiv 2103.01148, section III).
+    """E2CM without labels, after Gormez, Dasari & Koyuncu (arXiv 2103.01148).
 
-    The distance to each mean is divided by the mean distance to it of the images of that cluster; the
-    softmax of the negative is the score.
+    The distance to each mean is divided by the mean training distance to it, here that of the images of its
+    own cluster; the softmax of the negative is the score.
     """
 
     name = "e2cm"
