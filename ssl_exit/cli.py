@@ -204,6 +204,8 @@ def main(args: list[str] | None = None) -> None:
     warnings.formatwarning = lambda message, *_args, **_kwargs: f"ssl-exit: {message}\n"
     sys.path.insert(0, "")  # module:function may lie in the current folder
     about = "Label-free early exit for clustering with self-supervised encoders."
+    for notice in (DeprecationWarning, FutureWarning):  # of dependencies; nothing a user here can act on
+        warnings.simplefilter("ignore", notice)
     warnings.filterwarnings("ignore", message=".* could not be used")  # commands list them one by one
     try:
         auto_cli(COMMANDS, args=words, as_positional=False, description=about)
