@@ -7,12 +7,16 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from hypothesis import settings
 from PIL import Image
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from ssl_exit import EncoderSpec, ExitClusterer
 from ssl_exit.encoders.resnet_cifar import resnet20_cifar
+
+settings.register_profile("untimed", deadline=None)  # a busy machine is no failure
+settings.load_profile("untimed")
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
