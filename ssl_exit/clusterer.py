@@ -158,6 +158,9 @@ class ExitClusterer(BaseEstimator):
             data: images like those to come, unlabelled; a quarter shapes thresholds, the rest certifies.
             max_disagreement: a new value; the one in use if None.
             confidence: a new value; the one in use if None.
+
+        Raises:
+            InputError: wishes or images that cannot be used; thresholds and certificate in use stay.
         """
         self._check_fitted()
         draft = copy.copy(self)
@@ -206,6 +209,9 @@ class ExitClusterer(BaseEstimator):
         Args:
             data: images that neither fit() nor calibrate() saw.
             targets: ground truth, (N,) int, for ACC, NMI and ARI. Used here only.
+
+        Raises:
+            InputError: images or targets of another shape, or no image that can be used.
         """
         self._check_fitted()
         source = self._open(data)

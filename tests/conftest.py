@@ -1,6 +1,7 @@
 """Real images and encoders for the tests: handwritten digits everywhere, CIFAR-10 and ResNet-20 where shared."""
 
 import tarfile
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from ssl_exit import EncoderSpec, ExitClusterer
 from ssl_exit.encoders.resnet_cifar import resnet20_cifar
+from ssl_exit.encoders.stages import StagedEncoder
 
 settings.register_profile("untimed", deadline=None)  # a busy machine is no failure
 settings.load_profile("untimed")
@@ -78,6 +80,11 @@ def untrained(name: str, images: Tensor) -> nn.Module:
         for _ in range(5):
             encoder.train()(images[:200])
     return encoder.eval()
+
+
+def tensors_of(staged: StagedEncoder, images: Tensor) -> list[Tensor]:
+    """The tensor at every exit point and, last, the encoder's output."""
+    return list(accumulate(staged.stages, lambda x, stage: stage(x), initial=images))[1:]
 
 
 @pytest.fixture(scope="session", params=["resnet20", "resnet20 alone", "mobilenet", "vit"])

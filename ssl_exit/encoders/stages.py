@@ -31,14 +31,6 @@ class StagedEncoder(nn.Module):
             x = stage(x)
         return x
 
-    def tensors(self, x: Tensor) -> list[Tensor]:
-        """The tensor at every exit point and, last, the encoder's output."""
-        out = []
-        for stage in self.stages:
-            x = stage(x)
-            out.append(x)
-        return out
-
 
 def split(encoder: nn.Module | Sequence[nn.Module], exits: Sequence[str] | str, example: Tensor) -> StagedEncoder:
     """Cut an encoder into stages; they share its parameters.
@@ -71,9 +63,8 @@ def choose_exits(points: Sequence[ExitPoint], most: int = 8) -> list[int]:
     Of points at one cost (a convolution, its normalisation, its activation) the last is taken. Vectors of more
     than `WIDEST` entries (maps flattened for a classifier) are left out.
     """
-    points = list(points)
-    narrow = [point for point in points if len(point.shape) > 1 or point.shape[0] <= WIDEST]
-    last_at_cost = {round(point.cost, 4): i for i, point in enumerate(points) if point in narrow}
+    narrow = [i for i, point in enumerate(points) if len(point.shape) > 1 or point.shape[0] <= WIDEST]
+    last_at_cost = {round(points[i].cost, 4): i for i in narrow}
     usable = [i for cost, i in last_at_cost.items() if 0.05 <= cost <= 0.95]
     targets = [(j + 1) / (most + 1) for j in range(most)]
     return sorted({min(usable, key=lambda i: abs(points[i].cost - t)) for t in targets}) if usable else []

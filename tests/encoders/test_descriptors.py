@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from ssl_exit.encoders.descriptors import Descriptor, layout_of, pyramid, tokens
 from ssl_exit.encoders.tapped import TappedEncoder
 from ssl_exit.errors import InputError
-from tests.conftest import untrained
+from tests.conftest import tensors_of, untrained
 
 
 @given(h=st.integers(1, 9), w=st.integers(1, 9), seed=st.integers(0, 99))
@@ -91,7 +91,7 @@ def test_accumulated_and_single_columns(rgb_digits):
     alone = TappedEncoder.build(encoder, **build, accumulate=False).eval()
     with torch.no_grad():
         described, features = together(rgb_digits[:3])
-        maps = [t.mean((2, 3)) for t in together.staged.tensors(rgb_digits[:3])[:2]]
+        maps = [t.mean((2, 3)) for t in tensors_of(together.staged, rgb_digits[:3])[:2]]
         torch.testing.assert_close(described, torch.cat(maps, 1))
         torch.testing.assert_close(features, encoder(rgb_digits[:3]))
     assert together.columns == [slice(0, 16), slice(0, 48)]

@@ -9,7 +9,7 @@ from torch import nn
 from ssl_exit.encoders.graph import ExitPoint
 from ssl_exit.encoders.stages import choose_exits, split
 from ssl_exit.errors import InputError
-from tests.conftest import untrained
+from tests.conftest import tensors_of, untrained
 
 ARCHITECTURES = {
     "resnet20": None,
@@ -30,7 +30,7 @@ def test_stages_equal_the_encoder_bit_for_bit(name, rgb_digits):
     with torch.no_grad():
         whole = encoder(images)
         assert torch.equal(staged(images), whole)
-        tensor = staged.tensors(images)[1][[1, 4]]
+        tensor = tensors_of(staged, images)[1][[1, 4]]
         for stage in staged.stages[2:]:
             tensor = stage(tensor)
     torch.testing.assert_close(tensor, whole[[1, 4]], rtol=1e-4, atol=1e-5)
@@ -42,7 +42,7 @@ def test_named_exits_are_put_in_order_and_once(rgb_digits):
     encoder = untrained("resnet20", rgb_digits)
     staged = split(encoder, ["layer3.0", "layer1", "layer1.2"], rgb_digits[:1])
     assert [p.name for p in staged.exit_points] == ["layer1.2.relu_1", "layer3.0.relu_1"]
-    assert staged.tensors(rgb_digits[:2])[0].shape == (2, 16, 32, 32)
+    assert tensors_of(staged, rgb_digits[:2])[0].shape == (2, 16, 32, 32)
     with pytest.raises(InputError, match='must be "auto" or a list'):
         split(encoder, "layer1", rgb_digits[:1])
 
