@@ -6,7 +6,7 @@ flushed at the end. A single batch goes through directly, its survivors compacte
 """
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from ssl_exit.data.images import Batch
 from ssl_exit.encoders.tapped import TappedEncoder
-from ssl_exit.exits.kmeans import FinalClusters
+from ssl_exit.exits.across import AcrossExits
+from ssl_exit.exits.final import Final
 from ssl_exit.exits.rules import ExitRule
 from ssl_exit.exits.thresholds import Recorded
 
@@ -48,18 +49,22 @@ class Cascade(nn.Module):
     Attributes:
         tapped: the staged encoder and its descriptors.
         rules: one fitted rule for each exit.
-        final: the final clusters.
+        final: what gives the whole encoder's label, such as the final clusters.
+        across: patience and ensembling over exits.
         thresholds: leave at exit e with label k if score >= thresholds[e, k]; (E, K), inf = never.
     """
 
     thresholds: Tensor
 
-    def __init__(self, tapped: TappedEncoder, rules: Iterable[ExitRule], final: FinalClusters) -> None:
+    def __init__(
+        self, tapped: TappedEncoder, rules: Iterable[ExitRule], final: Final, across: AcrossExits | None = None
+    ) -> None:
         super().__init__()
         self.tapped = tapped
         self.rules = nn.ModuleList(rules)
         self.final = final
-        shape = (len(self.rules), len(final.centroids))
+        self.across = across or AcrossExits()
+        shape = (len(self.rules), final.n_clusters)
         self.register_buffer("thresholds", torch.full(shape, torch.inf))
 
     @property
@@ -70,10 +75,7 @@ class Cascade(nn.Module):
     @property
     def costs(self) -> np.ndarray:
         """Multiply-adds spent when leaving at each exit and at the end / the whole encoder's, (E + 1,)."""
-        whole = sum(self.tapped.staged.macs) + self.final.macs
-        own = [d.macs + rule.macs for d, rule in zip(self.tapped.descriptors, self.exit_rules, strict=True)]
-        work = [stage + exit_ for stage, exit_ in zip(self.tapped.staged.macs, [*own, self.final.macs], strict=True)]
-        return np.cumsum(work) / whole
+        return exit_costs(self.tapped, self.exit_rules, self.final)
 
     def run(self, batches: Iterable[Batch], n: int, batch_size: int) -> ExitResult:
         """Cluster images with early exits.
@@ -119,15 +121,16 @@ class Cascade(nn.Module):
         skipped: dict[int, str] = {}
         for rows, each_exit, end in self._visits(batches, skipped):
             final[rows] = end.cpu().numpy()
+            carried = self.across.begin(len(end), self.final.n_clusters, end.device)
             for i, (rule, logits) in enumerate(zip(self.exit_rules, each_exit, strict=True)):
-                label, score = rule.decide(logits)
+                label, score, carried = self.across.decide(rule, logits, carried, i)
                 labels[rows, i], scores[rows, i] = label.cpu().numpy(), score.cpu().numpy()
         good = final >= 0
         return Recorded(labels[good], scores[good], final[good]), skipped
 
     def logits(self, batches: Iterable[Batch], n: int) -> tuple[Tensor, Tensor, dict[int, str]]:
-        """Logits of n images at every exit, (n, E, K), and final labels, (n,); unusable images drop out."""
-        logits = torch.full((n, *self.thresholds.shape), torch.nan)
+        """Logits of n images at every exit, (n, E, width), and final labels, (n,); unusable images drop out."""
+        logits = torch.full((n, len(self.rules), max((rule.width for rule in self.exit_rules), default=0)), torch.nan)
         final = torch.full((n,), -1)
         skipped: dict[int, str] = {}
         for rows, each_exit, end in self._visits(batches, skipped):
@@ -137,23 +140,30 @@ class Cascade(nn.Module):
         good = (final >= 0) & logits.isfinite().flatten(1).all(1)
         return logits[good], final[good], skipped
 
-    def fit_temperatures(self, logits: Tensor, final: Tensor) -> Recorded:
-        """Set the temperature of every rule; logits (n, E, K), final labels (n,).
+    def fit_temperatures(self, logits: Tensor, final: Tensor) -> tuple[Recorded, np.ndarray]:
+        """Set the temperature of every rule; logits (n, E, width), final labels (n,).
 
         Returns:
-            The labels and scores of those images under the new temperatures.
+            The labels and scores of those images under the new temperatures, and the mean probabilities at each
+            exit by final cluster, (E, K, K), a row a cluster; uniform where a cluster has no image.
         """
-        labels, scores = torch.zeros(logits.shape[:2], dtype=torch.int64), torch.zeros(logits.shape[:2])
-        for i, rule in enumerate(self.exit_rules):
-            if len(final):
-                rule.fit_temperature(logits[:, i], final)
-                label, score = rule.decide(logits[:, i].to(rule.temperature.device))
-                labels[:, i], scores[:, i] = label.cpu(), score.cpu()
-        return Recorded(labels.numpy(), scores.numpy(), final.numpy())
+        e, k = self.thresholds.shape
+        labels, scores = torch.zeros(len(final), e, dtype=torch.int64), torch.zeros(len(final), e)
+        means = torch.full((e, k, k), 1 / k)
+        carried = self.across.begin(len(final), k, torch.device("cpu"))
+        for i, rule in enumerate(self.exit_rules if len(final) else []):
+            rule = copy.deepcopy(rule).cpu()
+            rule.fit_temperature(logits[:, i], final)
+            self.exit_rules[i].load_state_dict(rule.state_dict())
+            labels[:, i], scores[:, i], carried = self.across.decide(rule, logits[:, i], carried, i)
+            p = rule.log_probabilities(logits[:, i]).exp()
+            for cluster in final.unique():
+                means[i, cluster] = p[final == cluster].mean(0)
+        return Recorded(labels.numpy(), scores.numpy(), final.numpy()), means.numpy()
 
     def with_own_rules(self) -> "Cascade":
         """The same encoder with copies of the rules, and thresholds that let nothing exit."""
-        fresh = Cascade(self.tapped, copy.deepcopy(self.exit_rules), self.final)
+        fresh = Cascade(self.tapped, copy.deepcopy(self.exit_rules), self.final, self.across)
         return fresh.to(self.thresholds.device)
 
     def _visits(
@@ -199,7 +209,8 @@ class Run:
         if len(batch.indices) == 0:
             return
         images = self.cascade._to_device(batch.images)
-        entering = _Wave(images, images.new_empty(len(images), 0), batch.indices.to(images.device))
+        carried = self.cascade.across.begin(len(images), self.cascade.final.n_clusters, images.device)
+        entering = _Wave(images, images.new_empty(len(images), 0), carried, batch.indices.to(images.device))
         finite = finite_images(images)
         if not bool(finite.all()):
             entering = entering.at(finite.nonzero()[:, 0])
@@ -256,10 +267,11 @@ class Run:
             return None
         own = tapped.descriptors[stage](x)
         described = torch.cat([wave.described, own], dim=1) if tapped.accumulate else own
-        labels, scores = self.cascade.rules[stage](described)
+        rule = self.cascade.exit_rules[stage]
+        labels, scores, carried = self.cascade.across.decide(rule, rule.logits(described), wave.carried, stage)
         leaves = scores >= self.cascade.thresholds[stage, labels]
         gone = leaves.nonzero()[:, 0]  # here the host waits for the device
-        after = _Wave(x, described if tapped.accumulate else wave.described, wave.indices)
+        after = _Wave(x, described if tapped.accumulate else wave.described, carried, wave.indices)
         if len(gone) == 0:
             return after, None
         left = wave.indices[gone]
@@ -269,14 +281,15 @@ class Run:
 
 @dataclass(frozen=True)
 class _Wave:
-    """Images on their way: the tensor at an exit point, descriptors so far, and positions."""
+    """Images on their way: the tensor at an exit point, descriptors so far, what exits carry on, and positions."""
 
     x: Tensor
     described: Tensor
+    carried: Tensor
     indices: Tensor
 
     def at(self, rows: Tensor) -> "_Wave":
-        return _Wave(self.x[rows], self.described[rows], self.indices[rows])
+        return _Wave(self.x[rows], self.described[rows], self.carried[rows], self.indices[rows])
 
 
 class _Queue:
@@ -291,7 +304,7 @@ class _Queue:
 
     def put(self, wave: _Wave, rows: Tensor | None = None) -> None:
         """Copy the given rows of a wave (or all) in."""
-        parts = (wave.x, wave.described, wave.indices)
+        parts = (wave.x, wave.described, wave.carried, wave.indices)
         if not self.arrays:
             self.arrays = [part.new_empty(self.capacity, *part.shape[1:]) for part in parts]
         count = len(wave.indices) if rows is None else len(rows)
@@ -309,6 +322,14 @@ class _Queue:
         wave = _Wave(*(array[first : self.filled] for array in self.arrays))
         self.filled = first
         return wave
+
+
+def exit_costs(tapped: TappedEncoder, rules: Sequence[ExitRule], final: Final) -> np.ndarray:
+    """Multiply-adds spent when leaving at each exit and at the end / the whole encoder's, (E + 1,)."""
+    whole = sum(tapped.staged.macs) + final.macs
+    own = [d.macs + rule.macs for d, rule in zip(tapped.descriptors, rules, strict=True)]
+    work = [stage + exit_ for stage, exit_ in zip(tapped.staged.macs, [*own, final.macs], strict=True)]
+    return np.cumsum(work) / whole
 
 
 def finite_images(images: Tensor) -> Tensor:

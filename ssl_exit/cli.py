@@ -15,7 +15,7 @@ from ssl_exit.data.preprocessing import Preprocessing
 from ssl_exit.encoders import graph
 from ssl_exit.encoders.build import EncoderSpec
 from ssl_exit.errors import InputError
-from ssl_exit.report.tables import exit_points_table, exit_table, summary, text_table
+from ssl_exit.report.tables import exit_points_table, exit_table, explanation_table, summary, text_table
 from ssl_exit.storage import check_model_folder, whole_file, write_labels
 
 IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
@@ -44,6 +44,11 @@ def fit(
     n_clusters: int = 10,
     exits: str | list[str] = "auto",
     rule: str = "centroid",
+    rule_options: dict[str, Any] | None = None,
+    thresholds: str = "search",
+    cost: str = "macs",
+    patience: int = 1,
+    ensemble: bool = False,
     max_disagreement: float = 0.02,
     confidence: float = 0.95,
     size: int = 224,
@@ -70,14 +75,20 @@ def fit(
         weights: weights file (.safetensors, .pt, .pth, .ckpt), or DEFAULT to download.
         n_clusters: number of clusters.
         exits: "auto", or names of exit points (see list-exits).
-        rule: centroid, euclidean, e2cm, kmeans or prototypes.
+        rule: centroid, mahalanobis, kmeans, prototypes, euclidean, e2cm, e2cm_released, sdn, branchynet, eenet, mlp,
+            or two joined as centroid+sdn.
+        rule_options: of the rule, such as --rule-options.hidden 64.
+        thresholds: search (for every exit and cluster), exit (one for every exit) or cbt (one for every cluster).
+        cost: what thresholds and exits save: macs, or time as measured here.
+        patience: leave only where so many consecutive exits agree; 1 = off.
+        ensemble: answer with the geometric mean of all exits so far.
         max_disagreement: share of images whose label may differ from the whole encoder's.
         confidence: with which that must hold.
         size: height and width in pixels of what the encoder sees.
         crop: share of the shorter side kept by the centre crop.
         mean: per channel, of pixels in [0, 1]; one entry for grey images.
         std: per channel, of pixels in [0, 1].
-        descriptor: auto, average, pyramid or tokens.
+        descriptor: auto, average, pyramid, tokens or flatten.
         accumulate: let an exit see the descriptors of earlier exits too.
         normalize: divide descriptors by their L2 norm.
         spherical: compare final features by direction.
@@ -96,6 +107,11 @@ def fit(
         n_clusters=n_clusters,
         exits=exits,
         rule=rule,
+        rule_options=rule_options,
+        thresholds=thresholds,
+        cost=cost,
+        patience=patience,
+        ensemble=ensemble,
         max_disagreement=max_disagreement,
         confidence=confidence,
         batch_size=batch_size,
@@ -119,6 +135,8 @@ def fit(
         for name, macs, time in zip(c.exit_names_, c.cascade_.costs, seconds, strict=True)
     ]
     print(text_table(("exit", "cost, multiply-adds", "cost, measured time"), rows))
+    for choice in c.exit_choices_:
+        print(choice)
     print(
         f"{c.n_clusters} clusters of {'directions of ' * c.spherical}final features; k-means saw {c.n_sample_} of "
         f"{c.n_fit_} images\ncertificate: {c.certificate_}\nmodel written to {out}"
@@ -146,7 +164,14 @@ def predict(model: str, data: str, out: str = "labels.csv", num_workers: int = 0
     print(f"{good.sum()} images clustered{cost}, {len(result.skipped)} skipped; written to {out}")
 
 
-def evaluate(model: str, data: str, out: str | None = None, num_workers: int = 0, device: str = "auto") -> None:
+def evaluate(
+    model: str,
+    data: str,
+    out: str | None = None,
+    explain: bool = False,
+    num_workers: int = 0,
+    device: str = "auto",
+) -> None:
     """Compare early exit with the whole encoder on a folder of images.
 
     With one sub-folder a class, ACC, NMI and ARI are reported too.
@@ -155,6 +180,7 @@ def evaluate(model: str, data: str, out: str | None = None, num_workers: int = 0
         model: folder that fit wrote.
         data: folder of images that fit did not see.
         out: JSON file for the report.
+        explain: also show, per exit, scores, thresholds and what less agreement would release.
         num_workers: processes that decode images.
         device: auto, cpu, cuda, cuda:1, ...
     """
@@ -164,9 +190,14 @@ def evaluate(model: str, data: str, out: str | None = None, num_workers: int = 0
     found = c.evaluate(images, images.targets)
     _list_skipped(found.result.skipped, images.paths)
     print(f"{exit_table(found)}\n\n{summary(found)}\ncertificate               {c.certificate_}")
+    report = found.to_dict() | {"certificate": c.certificate_.to_dict()}
+    if explain:
+        explanation = c.explain(images)
+        report["explanation"] = explanation.to_dict()
+        print(f"\n{explanation_table(explanation)}")
     if out:
         with whole_file(Path(out)) as draft:
-            draft.write_text(json.dumps(found.to_dict() | {"certificate": c.certificate_.to_dict()}, indent=1) + "\n")
+            draft.write_text(json.dumps(report, indent=1) + "\n")
 
 
 def list_exits(encoder: str, size: int = 224, channels: int = 3) -> None:

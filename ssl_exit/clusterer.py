@@ -3,7 +3,9 @@
 import copy
 import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,19 +20,26 @@ from ssl_exit.data.images import Batch, ImageData, ImageSource, open_images
 from ssl_exit.data.preprocessing import Preprocessing
 from ssl_exit.encoders.build import EncoderSpec
 from ssl_exit.encoders.graph import ExitPoint, as_module
+from ssl_exit.encoders.stages import MOST_EXITS
 from ssl_exit.encoders.tapped import TappedEncoder
 from ssl_exit.errors import InputError
+from ssl_exit.exits.across import AcrossExits
+from ssl_exit.exits.cbt import cbt_path
 from ssl_exit.exits.certificate import Certificate, certify
-from ssl_exit.exits.kmeans import FinalClusters
-from ssl_exit.exits.rules import rule_named
+from ssl_exit.exits.final import FinalClasses, FinalClusters
+from ssl_exit.exits.registry import build_rules, check_rule
 from ssl_exit.exits.thresholds import threshold_path, trade_off
-from ssl_exit.fitting import first_images, fit_cascade
+from ssl_exit.fitting import collect, first_images
 from ssl_exit.measure.evaluation import Evaluation, evaluate
+from ssl_exit.measure.explanation import Explanation, explain
 from ssl_exit.measure.timing import stage_seconds
+from ssl_exit.placement import ExitChoice, choose
 from ssl_exit.storage import WEIGHTS, read_model, write_model
 
 LOGITS_BYTES = 1 << 28  # for the logits of the images that shape the threshold path
 SHAPING = 1 / 4  # share of the held-out images that shape the threshold path; the others certify
+
+SAVED_SETTINGS = 100  # of the threshold path
 
 _REBUILT = ("encoder", "preprocessing", "exits")  # parameters that a saved model holds in another form
 
@@ -42,15 +51,24 @@ class ExitClusterer(BaseEstimator):
         encoder: images to features: a module (it is copied, never changed); a list of modules that are its
             stages, for networks torch.fx cannot trace; or an EncoderSpec, which load() can build again.
         n_clusters: K, the number of final clusters.
-        exits: names of exit points ("layer2" means its last node), or "auto": at most eight, spread evenly
-            over the cost.
-        rule: how an exit decides: "centroid", "euclidean", "e2cm", "kmeans" or "prototypes".
+        exits: names of exit points ("layer2" means its last node), or "auto": of at most eight, spread evenly
+            over the cost, those that pay for themselves on held-out images (see `exit_choices_`).
+        rule: how an exit decides (docs/rules.md): "centroid", "kmeans", "prototypes", "euclidean", "e2cm",
+            "e2cm_released", "mahalanobis", "sdn", "branchynet", "eenet", "mlp", or two joined as "centroid+sdn".
         max_disagreement: share of images, in (0, 1), whose label may differ from the whole encoder's.
         confidence: in (0, 1), with which that must hold (see `Certificate`); 0.5 asks for no safety margin.
         batch_size: images a stage runs on at a time.
         device: "auto" (CUDA where there is one), or what torch.device takes.
         random_state: seed of the hold-out split, of the order of images in fit, and of k-means.
-        descriptor: "auto", "average", "pyramid" or "tokens" (see `TappedEncoder.build`).
+        rule_options: keyword arguments of the rule, such as {"hidden": 64}.
+        thresholds: "search": a threshold for every exit and cluster that minimises cost; "exit": one for every exit;
+            "cbt": one for every cluster, class based thresholding.
+        cost: what thresholds and exits="auto" save: "macs", or "time": stages as measured in fit().
+        patience: leave only where so many consecutive exits agree; 1 = off (see `AcrossExits`).
+        ensemble: let an exit answer with the geometric mean of all exits' probabilities so far.
+        supervised: the encoder gives one logit a class (n_clusters of them), and exits learn the classes given as
+            `y` to fit(), or the encoder's own answers without them.
+        descriptor: "auto", "average", "pyramid", "tokens" or "flatten" (see `TappedEncoder.build`).
         accumulate: whether an exit also sees the descriptors of earlier exits.
         normalize: divide descriptors by their L2 norm.
         spherical: compare final features by direction (cosine) instead of Euclidean distance.
@@ -64,7 +82,9 @@ class ExitClusterer(BaseEstimator):
         exit_points_: list of ExitPoint.
         cluster_centers_: final centroids, (K, F) float32.
         certificate_: what calibrate() showed.
-        threshold_path_: settings that calibrate() considered, (S, E, K); not saved.
+        exit_choices_: with exits="auto", why each candidate was kept or left out.
+        threshold_path_: settings that calibrate() considered, (S, E, K), and path_disagreement_: what share of the
+            certifying images each of them gives another label, (S,). Both are saved thinned.
         skipped_: position and reason of images that fit() could not use.
         n_fit_: images behind the statistics; n_sample_: of those, images that k-means saw.
         stage_seconds_, exit_seconds_: measured seconds an image of each stage and of each exit, (E + 1,) each.
@@ -101,6 +121,12 @@ class ExitClusterer(BaseEstimator):
         device: str = "auto",
         random_state: int = 0,
         *,
+        rule_options: dict[str, Any] | None = None,
+        thresholds: str = "search",
+        cost: str = "macs",
+        patience: int = 1,
+        ensemble: bool = False,
+        supervised: bool = False,
         descriptor: str = "auto",
         accumulate: bool = True,
         normalize: bool = False,
@@ -119,6 +145,12 @@ class ExitClusterer(BaseEstimator):
         self.batch_size = batch_size
         self.device = device
         self.random_state = random_state
+        self.rule_options = rule_options
+        self.thresholds = thresholds
+        self.cost = cost
+        self.patience = patience
+        self.ensemble = ensemble
+        self.supervised = supervised
         self.descriptor = descriptor
         self.accumulate = accumulate
         self.normalize = normalize
@@ -128,22 +160,23 @@ class ExitClusterer(BaseEstimator):
         self.num_workers = num_workers
         self.progress = progress
 
-    def fit(self, data: ImageData, y: None = None) -> "ExitClusterer":
+    def fit(self, data: ImageData, y: np.ndarray | None = None) -> "ExitClusterer":
         """Find final clusters, fit an exit rule at every exit point, and calibrate on images held out by seed.
 
         Args:
             data: images (see `open_images`); never labels.
-            y: ignored, as scikit-learn has it.
+            y: classes, (N,) int, in the supervised mode; ignored otherwise, as scikit-learn has it.
 
         Raises:
             InputError: parameters, images or an encoder that cannot be used; nothing fitted before is lost.
         """
         self._check_parameters()
         source = self._open(data)
+        classes = self._classes(y, len(source)) if self.supervised and y is not None else None
         order = np.random.default_rng(self.random_state).permutation(len(source))
         held = order[: round(self.holdout * len(source))]
         draft = copy.copy(self)  # takes effect when all is done, so that an interrupt loses nothing
-        draft._fit(source, order[len(held) :])
+        draft._fit(source, order[len(held) :], self._split(held)[0], classes)
         draft.skipped_ |= draft._calibrate(source, held)
         self.__dict__.update(draft.__dict__)
         _warn_of(self.skipped_, source)
@@ -199,9 +232,9 @@ class ExitClusterer(BaseEstimator):
         _warn_of(skipped, source)
         return labels
 
-    def fit_predict(self, data: ImageData, y: None = None) -> np.ndarray:
-        """`fit(data)`, then `predict(data)`."""
-        return self.fit(data).predict(data)
+    def fit_predict(self, data: ImageData, y: np.ndarray | None = None) -> np.ndarray:
+        """`fit(data, y)`, then `predict(data)`."""
+        return self.fit(data, y).predict(data)
 
     def evaluate(self, data: ImageData, targets: np.ndarray | None = None) -> Evaluation:
         """Early exit beside the whole encoder on the same images: agreement, cost, and metrics.
@@ -222,11 +255,31 @@ class ExitClusterer(BaseEstimator):
         _warn_of(found.result.skipped, source)
         return found
 
-    def trade_off(self, data: ImageData) -> tuple[np.ndarray, np.ndarray]:
-        """Cost and agreement on these images of every setting that calibrate() considered, (S,) and (S,)."""
+    def explain(self, data: ImageData) -> Explanation:
+        """Why images do or do not exit: per exit the scores, the thresholds, and what less agreement would release.
+
+        Args:
+            data: images like those to come; every exit is run on each, without leaving.
+
+        Raises:
+            InputError: data that cannot be opened, or no image that can be used.
+        """
         self._check_fitted()
-        if not hasattr(self, "threshold_path_"):
-            raise NotFittedError("a loaded model keeps its thresholds but not the path to them; call calibrate(data)")
+        source = self._open(data)
+        batches = self._batches(source, np.arange(len(source)), "explain")
+        recorded, skipped = self.cascade_.record(batches, len(source))
+        if len(recorded) == 0:
+            raise InputError(
+                f"none of the {len(source)} images can be used: {next(iter(skipped.values()), 'no images')}"
+            )
+        _warn_of(skipped, source)
+        thresholds = self.cascade_.thresholds.cpu().numpy()
+        path, disagreement = self.threshold_path_, self.path_disagreement_
+        return explain(self.exit_names_[:-1], recorded, thresholds, path, disagreement, self.certificate_)
+
+    def trade_off(self, data: ImageData) -> tuple[np.ndarray, np.ndarray]:
+        """Cost and agreement on these images of every setting on `threshold_path_`, (S,) and (S,)."""
+        self._check_fitted()
         source = self._open(data)
         recorded, _ = self.cascade_.record(self._batches(source, np.arange(len(source)), "record"), len(source))
         return trade_off(self.threshold_path_, recorded, self.cascade_.costs)
@@ -240,9 +293,13 @@ class ExitClusterer(BaseEstimator):
         self._check_fitted()
         tapped = self.cascade_.tapped
         exits = {f"rules.{k}": v for k, v in self.cascade_.rules.state_dict().items()}
-        exits |= {"final.centroids": self.cascade_.final.centroids, "thresholds": self.cascade_.thresholds}
+        exits |= {f"final.{k}": v for k, v in self.cascade_.final.state_dict().items()}
+        exits |= {"thresholds": self.cascade_.thresholds}
         exits |= {"stage_seconds": torch.from_numpy(self.stage_seconds_)}
         exits |= {"exit_seconds": torch.from_numpy(self.exit_seconds_)}
+        few = np.unique(np.linspace(0, len(self.threshold_path_) - 1, SAVED_SETTINGS).round().astype(int))
+        exits |= {"path": torch.from_numpy(self.threshold_path_[few])}
+        exits |= {"path_disagreement": torch.from_numpy(self.path_disagreement_[few])}
         about = {
             "encoder": {"spec": self.spec_.name if self.spec_ else None, "class": type(self.encoder_).__name__},
             "params": {k: v for k, v in self.get_params(deep=False).items() if k not in _REBUILT},
@@ -253,6 +310,7 @@ class ExitClusterer(BaseEstimator):
             "accumulate": tapped.accumulate,
             "features": "the encoder's output" if tapped.output.layout == "vector" else "average of the output",
             "certificate": self.certificate_.to_dict(),
+            "exit_choices": [asdict(choice) for choice in self.exit_choices_],
             "skipped": self.skipped_,
             "n_fit": self.n_fit_,
             "n_sample": self.n_sample_,
@@ -271,37 +329,87 @@ class ExitClusterer(BaseEstimator):
 
     @property
     def cluster_centers_(self) -> np.ndarray:
+        """Final centroids, (K, F) float32.
+
+        Raises:
+            AttributeError: in the supervised mode, where there are none.
+        """
         self._check_fitted()
+        if not isinstance(self.cascade_.final, FinalClusters):
+            raise AttributeError("in the supervised mode there are classes, and no centroids")
         return self.cascade_.final.centroids.cpu().numpy()
 
-    def _fit(self, source: ImageSource, order: np.ndarray) -> None:
+    def _fit(self, source: ImageSource, order: np.ndarray, shaping: np.ndarray, classes: np.ndarray | None) -> None:
         """Final clusters and a rule at every exit, from the images at positions `order`."""
         self.spec_ = self.encoder if isinstance(self.encoder, EncoderSpec) else None
         given = self.encoder.build() if isinstance(self.encoder, EncoderSpec) else as_module(self.encoder)
         self.encoder_ = copy.deepcopy(given).cpu().eval()
         example = first_images(source, order, self.batch_size)
         self.image_shape_ = tuple(example.shape[1:])
-        tapped = TappedEncoder.build(
-            self.encoder_,
-            self.exits,
-            example,
-            descriptor=self.descriptor,
-            accumulate=self.accumulate,
-            normalize=self.normalize,
-        )
-        tapped = tapped.eval().to(self._device())
-        fitted = fit_cascade(
+        tapped = self._tapped(self.exits, example, self.descriptor, self.accumulate)
+        rules = build_rules(self.rule, tapped.seen, self.n_clusters, self.rule_options)
+        collected = collect(
             tapped,
             self._batches(source, order, "fit"),
             len(order),
-            rule=rule_named(self.rule),
             n_clusters=self.n_clusters,
             spherical=self.spherical,
             seed=self.random_state,
+            scatter=any(rule.needs_scatter for rule in rules),
+            sample_images=max(rule.sample_images for rule in rules),
+            supervised=self.supervised,
+            classes=classes,
         )
-        self.cascade_, self.skipped_ = fitted.cascade, fitted.skipped
-        self.n_fit_, self.n_sample_ = fitted.n_fit, fitted.n_sample
+        across = AcrossExits(self.patience, self.ensemble)
+        self.cascade_ = collected.fit(tapped, rules, across, self.random_state)
         self.stage_seconds_, self.exit_seconds_ = stage_seconds(self.cascade_, example)
+        self.exit_choices_ = []
+        if self.exits == "auto" and len(shaping):
+            self.exit_choices_ = self._choose(source, shaping)
+        kept = [i for i, choice in enumerate(self.exit_choices_) if choice.kept]
+        if 0 < len(kept) < len(self.exit_choices_):
+            collected = collected.at(tapped, kept)
+            kinds = [tapped.descriptors[i].kind for i in kept]
+            names = [self.exit_choices_[i].name for i in kept]
+            tapped = self._tapped(names, example, kinds, tapped.accumulate)
+            rules = build_rules(self.rule, tapped.seen, self.n_clusters, self.rule_options)
+            self.cascade_ = collected.fit(tapped, rules, across, self.random_state)
+            self.stage_seconds_, self.exit_seconds_ = stage_seconds(self.cascade_, example)
+        self.skipped_ = collected.skipped
+        self.n_fit_, self.n_sample_ = collected.n_fit, collected.n_clustered
+
+    def _tapped(
+        self, exits: str | Sequence[str], example: torch.Tensor, descriptor: str | Sequence[str], accumulate: bool
+    ) -> TappedEncoder:
+        tapped = TappedEncoder.build(
+            self.encoder_, exits, example, descriptor=descriptor, accumulate=accumulate, normalize=self.normalize
+        )
+        return tapped.eval().to(self._device())
+
+    def _choose(self, source: ImageSource, shaping: np.ndarray) -> list[ExitChoice]:
+        """Which of the exits in place pay for themselves on held-out images."""
+        cascade = self.cascade_.with_own_rules()
+        logits, final, _ = cascade.logits(self._batches(source, shaping, "place exits"), len(shaping))
+        recorded, _ = cascade.fit_temperatures(logits, final)
+        if len(final) == 0:
+            return []
+        stage, own = self._work()
+        return choose(self.exit_names_[:-1], recorded, stage, own, self.n_clusters, self.max_disagreement)
+
+    def _work(self) -> tuple[np.ndarray, np.ndarray]:
+        """Cost of every stage and of every exit's own work / the whole encoder's, (E + 1,) each, as `cost` has it."""
+        stage, own = self.stage_seconds_, self.exit_seconds_
+        if self.cost == "macs":
+            stage = np.array(self.cascade_.tapped.staged.macs, dtype=np.float64)
+            own = np.diff(self.cascade_.costs, prepend=0) * (stage.sum() + self.cascade_.final.macs) - stage
+        whole = stage.sum() + own[-1]
+        return stage / whole, own / whole
+
+    def _split(self, held: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Held-out images that shape thresholds, and those that certify."""
+        room = LOGITS_BYTES // (4 * MOST_EXITS * (self.n_clusters + 1))
+        shaping, certifying = np.split(held, [min(round(SHAPING * len(held)), room)])
+        return shaping, certifying
 
     def _calibrate(self, source: ImageSource, held: np.ndarray) -> dict[int, str]:
         """Thresholds and certificate from the images at positions `held`, and which of them were unusable.
@@ -309,18 +417,33 @@ class ExitClusterer(BaseEstimator):
         The cascade in use stays as it is; a new one takes its place.
         """
         cascade = self.cascade_.with_own_rules()
-        room = LOGITS_BYTES // (4 * cascade.thresholds.numel())
-        shaping, certifying = np.split(held, [min(round(SHAPING * len(held)), room)])
+        shaping, certifying = self._split(held)
         logits, final, skipped = cascade.logits(self._batches(source, shaping, "calibrate"), len(shaping))
-        recorded = cascade.fit_temperatures(logits, final)
-        path = threshold_path(recorded, cascade.costs, self.n_clusters)
+        recorded, mean_probabilities = cascade.fit_temperatures(logits, final)
+        stage, own = self._work()
+        costs = np.cumsum(stage + own)
+        if self.thresholds == "cbt":
+            path = cbt_path(recorded, costs, mean_probabilities)
+        else:
+            path = threshold_path(recorded, costs, self.n_clusters, per_cluster=self.thresholds == "search")
         proof, more = cascade.record(self._batches(source, certifying, "certify"), len(certifying))
         thresholds, certificate = certify(path, proof, self.max_disagreement, self.confidence)
         cascade.thresholds.copy_(torch.from_numpy(thresholds))
         self.cascade_, self.certificate_, self.threshold_path_ = cascade, certificate, path
+        self.path_disagreement_ = 1 - trade_off(path, proof, costs)[1] if len(proof) else np.zeros(len(path))
         if len(held) and certificate.settings == 0:
             warnings.warn(str(certificate), stacklevel=3)
         return skipped | more
+
+    def _classes(self, y: np.ndarray, n: int) -> np.ndarray:
+        classes = np.asarray(y)
+        whole = classes.shape == (n,) and np.issubdtype(classes.dtype, np.integer)
+        if not whole or classes.min() < 0 or classes.max() >= self.n_clusters:
+            raise InputError(
+                f"y must hold one class from 0 to {self.n_clusters - 1} for each of the {n} images; got shape "
+                f"{classes.shape} of {classes.dtype}"
+            )
+        return classes.astype(np.int64)
 
     def _open(self, data: ImageData) -> ImageSource:
         return open_images(data, self.preprocessing, self.num_workers)
@@ -344,7 +467,11 @@ class ExitClusterer(BaseEstimator):
             raise NotFittedError("this ExitClusterer is not fitted yet; call fit(data) first") from None
 
     def _check_parameters(self) -> None:
-        rule_named(self.rule)
+        check_rule(self.rule, self.rule_options)
+        AcrossExits(self.patience, self.ensemble)
+        for name, legal in (("thresholds", ("search", "exit", "cbt")), ("cost", ("macs", "time"))):
+            if getattr(self, name) not in legal:
+                raise InputError(f"{name} must be one of {legal}; got {getattr(self, name)!r}")
         self._device()
         for name, least in (("n_clusters", 1), ("batch_size", 1), ("random_state", 0), ("num_workers", 0)):
             value = getattr(self, name)
@@ -409,8 +536,9 @@ def load(
         accumulate=about["accumulate"],
         normalize=c.normalize,
     )
-    rules = [rule_named(c.rule)(dim, c.n_clusters) for dim in tapped.seen]
-    c.cascade_ = Cascade(tapped.eval(), rules, FinalClusters(exits["final.centroids"], c.spherical))
+    rules = build_rules(c.rule, tapped.seen, c.n_clusters, c.rule_options)
+    final = FinalClasses(c.n_clusters) if c.supervised else FinalClusters(exits["final.centroids"], c.spherical)
+    c.cascade_ = Cascade(tapped.eval(), rules, final, AcrossExits(c.patience, c.ensemble))
     c.cascade_.rules.load_state_dict({k[6:]: v for k, v in exits.items() if k.startswith("rules.")})
     c.cascade_.thresholds.copy_(exits["thresholds"])
     c.cascade_.to(c._device())
@@ -419,6 +547,8 @@ def load(
     c.certificate_ = Certificate(**about["certificate"])
     c.stage_seconds_, c.exit_seconds_ = exits["stage_seconds"].numpy(), exits["exit_seconds"].numpy()
     c.skipped_ = {int(position): reason for position, reason in about["skipped"].items()}
+    c.exit_choices_ = [ExitChoice(**choice) for choice in about["exit_choices"]]
+    c.threshold_path_, c.path_disagreement_ = exits["path"].numpy(), exits["path_disagreement"].numpy()
     c.n_fit_, c.n_sample_ = about["n_fit"], about["n_sample"]
     return c
 

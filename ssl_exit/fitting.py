@@ -1,44 +1,75 @@
 """One pass over the images: a sample for k-means first, then statistics as they stream by.
 
 What is held in memory, beside one batch: the descriptors and final features of a random sample (10,000 images,
-or 256 a cluster if that is more, up to 512 MB of descriptors), on which k-means runs and from which some rules
-are made; and the statistics, of which the scatter of the descriptors, D x D, is the largest.
+or 256 a cluster if that is more; 50,000 for trained heads; up to 512 MB of descriptors), on whose first part k-means
+runs and from which some rules are made; and the statistics, of which the scatter of the descriptors, D x D, is
+the largest.
 """
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ssl_exit.cascade import NOT_FINITE, Cascade, finite_images
+from ssl_exit.cascade import NOT_FINITE, Cascade, exit_costs, finite_images
 from ssl_exit.data.images import Batch, ImageSource
 from ssl_exit.encoders.tapped import TappedEncoder
 from ssl_exit.errors import InputError
-from ssl_exit.exits.kmeans import FinalClusters
-from ssl_exit.exits.rules import ExitRule
+from ssl_exit.exits.across import AcrossExits
+from ssl_exit.exits.final import Final, FinalClasses, FinalClusters
+from ssl_exit.exits.rules import ExitRule, Training
 from ssl_exit.exits.statistics import ClusterStatistics
 
 SAMPLE = 10_000
 SAMPLE_BYTES = 1 << 29
+CHUNK = 4096  # images counted at a time
 
 
 @dataclass(frozen=True)
-class Fitted:
-    """A cascade whose thresholds let nothing exit yet, and what it was made from.
+class Collected:
+    """What one pass over the images leaves: all that rules are fitted from.
 
     Attributes:
-        cascade: stages, rules and final clusters.
+        final: what gives the whole encoder's label.
+        statistics: of all images; one for all exits where descriptors accumulate, otherwise one an exit.
+        descriptors: of the sample, those of all exits side by side, (m, dim).
+        labels: what exits learn of the sample, (m,) int64.
+        soft: the whole encoder's soft assignment of the sample, (m, K).
         skipped: position and reason of images that could not be used.
-        n_fit: images behind the statistics.
-        n_sample: of those, images that k-means saw.
+        n_clustered: images that k-means saw.
     """
 
-    cascade: Cascade
+    final: Final
+    statistics: list[ClusterStatistics]
+    descriptors: Tensor
+    labels: Tensor
+    soft: Tensor
     skipped: dict[int, str]
-    n_fit: int
-    n_sample: int
+    n_clustered: int
+
+    @property
+    def n_fit(self) -> int:
+        """Images behind the statistics."""
+        return int(self.statistics[0].counts.sum())
+
+    def at(self, tapped: TappedEncoder, kept: Sequence[int]) -> "Collected":
+        """The same for some of the exits of `tapped` only."""
+        ends = [part.stop for part in tapped.columns]
+        columns = torch.cat([torch.arange(ends[i] - tapped.descriptors[i].dim, ends[i]) for i in kept])
+        whole = self.statistics
+        statistics = [whole[0].at(columns)] if tapped.accumulate else [whole[i] for i in kept]
+        return replace(self, statistics=statistics, descriptors=self.descriptors[:, columns])
+
+    def fit(self, tapped: TappedEncoder, rules: Sequence[ExitRule], across: AcrossExits, seed: int) -> Cascade:
+        """A cascade whose thresholds let nothing exit yet; `rules` are fitted, one an exit of `tapped`."""
+        trainings = []
+        for i, (dim, columns) in enumerate(zip(tapped.seen, tapped.columns, strict=True)):
+            seen = self.statistics[0].leading(dim) if tapped.accumulate else self.statistics[i]
+            trainings.append(Training(seen, self.descriptors[:, columns], self.labels, self.soft, seed))
+        type(rules[0]).fit_all(rules, trainings, exit_costs(tapped, rules, self.final))
+        return Cascade(tapped, rules, self.final, across).to(next(tapped.parameters()).device)
 
 
 def first_images(source: ImageSource, order: np.ndarray, batch_size: int) -> Tensor:
@@ -55,86 +86,95 @@ def first_images(source: ImageSource, order: np.ndarray, batch_size: int) -> Ten
     raise InputError(f"none of the {len(order)} images to fit on can be read; for example: {reason}")
 
 
-def fit_cascade(
+def collect(
     tapped: TappedEncoder,
     batches: Iterable[Batch],
     n: int,
     *,
-    rule: type[ExitRule],
     n_clusters: int,
     spherical: bool,
     seed: int,
-) -> Fitted:
-    """Final clusters from a sample of the images, and a rule at every exit from all of them.
+    scatter: bool = True,
+    sample_images: int = SAMPLE,
+    supervised: bool = False,
+    classes: np.ndarray | None = None,
+) -> Collected:
+    """Find final clusters from a sample of the images, and collect what rules need from all of them.
 
     Args:
         tapped: the encoder, on the device to use.
         batches: images in random order.
         n: how many there are at most.
-        rule: class of the rules.
         n_clusters: K.
         spherical: compare final features by direction.
         seed: of k-means.
+        scatter: whether a rule needs the scatter of the descriptors.
+        sample_images: how many images the sample should have; it has as many as k-means sees at least.
+        supervised: final features are one logit a class, and there is nothing to cluster.
+        classes: in the supervised mode, the class of the image at every position, which exits learn; without it
+            they learn the whole encoder's answers.
 
     Raises:
-        InputError: fewer usable images than clusters.
+        InputError: fewer usable images than clusters, or, in the supervised mode, another number of logits.
     """
-    sample = _Sample(tapped.dim, n, n_clusters)
-    final: FinalClusters | None = None
+    clustered = max(SAMPLE, 256 * n_clusters)
+    sample = _Sample(tapped.dim, n, max(clustered, sample_images), n_clusters)
     parts = [slice(None)] if tapped.accumulate else tapped.columns
     statistics: list[ClusterStatistics] = []
+    final: Final | None = None
 
-    def cluster() -> FinalClusters:
-        found = FinalClusters.fit(sample.features, n_clusters, spherical=spherical, seed=seed)
-        origin = sample.descriptors.double().mean(0)
-        for part in parts:
-            statistics.append(ClusterStatistics.empty(n_clusters, origin[part], scatter=rule.needs_scatter))
-        count(sample.descriptors, found(sample.features))
-        return found
+    def labels_of(final: Final, features: Tensor, positions: Tensor) -> Tensor:
+        return final(features) if classes is None else torch.from_numpy(classes)[positions]
 
     def count(descriptors: Tensor, labels: Tensor) -> None:
         for part, into in zip(parts, statistics, strict=True):
             into.add(descriptors[:, part], labels)
 
-    skipped: dict[int, str] = {}
-    for descriptors, features in _described(tapped, batches, skipped):
-        taken = sample.add(descriptors, features)
-        if final is None and sample.full:
-            final = cluster()
-        if final is not None and taken < len(descriptors):
-            count(descriptors[taken:], final(features[taken:]))
-    if final is None and sample.filled == 0:
-        raise InputError("no image has finite pixels and features: the encoder or the images are broken")
-    if final is None:  # fewer usable images than the sample has room for
-        final = cluster()
+    def begin() -> Final:
+        if supervised:
+            found: Final = FinalClasses.of(sample.features, n_clusters)
+        else:
+            found = FinalClusters.fit(sample.features[:clustered], n_clusters, spherical=spherical, seed=seed)
+        origin = sample.descriptors.double().mean(0)
+        statistics.extend(ClusterStatistics.empty(n_clusters, origin[part], scatter=scatter) for part in parts)
+        labels = labels_of(found, sample.features, sample.positions)
+        for rows in torch.arange(len(labels)).split(CHUNK):
+            count(sample.descriptors[rows], labels[rows])
+        return found
 
-    labels = final(sample.features)
-    rules = []
-    for i, (dim, columns) in enumerate(zip(tapped.seen, tapped.columns, strict=True)):
-        rules.append(rule(dim, n_clusters))
-        seen = statistics[0].leading(dim) if tapped.accumulate else statistics[i]
-        rules[-1].fit(seen, sample.descriptors[:, columns], labels, seed)
-    device = next(tapped.parameters()).device
-    cascade = Cascade(tapped, rules, final).to(device)
-    return Fitted(cascade, skipped, int(statistics[0].counts.sum()), len(labels))
+    skipped: dict[int, str] = {}
+    for descriptors, features, positions in _described(tapped, batches, skipped):
+        taken = sample.add(descriptors, features, positions)
+        if final is None and sample.full:
+            final = begin()
+        if final is not None and taken < len(descriptors):
+            count(descriptors[taken:], labels_of(final, features[taken:], positions[taken:]))
+    if sample.filled == 0:
+        raise InputError("no image has finite pixels and features: the encoder or the images are broken")
+    final = final or begin()  # fewer usable images than the sample has room for
+    labels = labels_of(final, sample.features, sample.positions)
+    n_clustered = 0 if supervised else min(len(labels), clustered)
+    return Collected(final, statistics, sample.descriptors, labels, final.soft(sample.features), skipped, n_clustered)
 
 
 class _Sample:
     """The first images of a random order, in arrays allocated once."""
 
-    def __init__(self, dim: int, n: int, n_clusters: int) -> None:
-        self.room = min(n, max(SAMPLE, 256 * n_clusters), max(n_clusters, SAMPLE_BYTES // (4 * dim)))
+    def __init__(self, dim: int, n: int, wanted: int, least: int) -> None:
+        self.room = min(n, wanted, max(least, SAMPLE_BYTES // (4 * dim)))
         self.filled = 0
         self._descriptors = torch.empty(self.room, dim)
+        self._positions = torch.empty(self.room, dtype=torch.int64)
         self._features = torch.empty(self.room, 0)
 
-    def add(self, descriptors: Tensor, features: Tensor) -> int:
+    def add(self, descriptors: Tensor, features: Tensor, positions: Tensor) -> int:
         """Take in as many rows as there is room for; returns how many."""
         if self.filled == 0:
             self._features = torch.empty(self.room, features.shape[1])
         taken = min(len(descriptors), self.room - self.filled)
         rows = slice(self.filled, self.filled + taken)
         self._descriptors[rows], self._features[rows] = descriptors[:taken], features[:taken]
+        self._positions[rows] = positions[:taken]
         self.filled += taken
         return taken
 
@@ -147,14 +187,18 @@ class _Sample:
         return self._descriptors[: self.filled]
 
     @property
+    def positions(self) -> Tensor:
+        return self._positions[: self.filled]
+
+    @property
     def features(self) -> Tensor:
         return self._features[: self.filled]
 
 
 def _described(
     tapped: TappedEncoder, batches: Iterable[Batch], skipped: dict[int, str]
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Descriptors and final features, batch by batch; images that are not finite are noted and left out."""
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Descriptors, final features and positions, batch by batch; images that are not finite are noted and left out."""
     device = next(tapped.parameters()).device
     for batch in batches:
         skipped.update(batch.skipped)
@@ -164,4 +208,4 @@ def _described(
             descriptors, features = (t.cpu() for t in tapped(batch.images.to(device)))
         good = descriptors.isfinite().all(1) & features.isfinite().all(1) & finite_images(batch.images).cpu()
         skipped.update(dict.fromkeys(batch.indices[~good].tolist(), NOT_FINITE))
-        yield descriptors[good], features[good]
+        yield descriptors[good], features[good], batch.indices.cpu()[good]

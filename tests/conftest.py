@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ssl_exit import EncoderSpec, ExitClusterer
 from ssl_exit.encoders.resnet_cifar import resnet20_cifar
-from ssl_exit.encoders.stages import StagedEncoder
+from ssl_exit.encoders.stages import StagedEncoder, split
 
 settings.register_profile("untimed", deadline=None)  # a busy machine is no failure
 settings.load_profile("untimed")
@@ -91,9 +91,11 @@ def tensors_of(staged: StagedEncoder, images: Tensor) -> list[Tensor]:
 def fitted(request, rgb_digits) -> ExitClusterer:
     """A clusterer fitted to 800 of the rgb_digits, whose test images leave at several exits."""
     name, _, alone = request.param.partition(" ")
+    encoder = untrained(name, rgb_digits)
     clusterer = ExitClusterer(
-        untrained(name, rgb_digits),
+        encoder,
         n_clusters=5,
+        exits=[point.name for point in split(encoder, "auto", rgb_digits[:1]).exit_points],  # none is left out
         max_disagreement=0.2,
         confidence=0.5,
         batch_size=64,

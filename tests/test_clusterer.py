@@ -57,24 +57,34 @@ def test_fit_is_reproducible_and_seeds_matter(encoder, rgb_digits):
 
 def test_streaming_beyond_the_sample_equals_all_at_once(encoder, rgb_digits, monkeypatch):
     """Statistics must not depend on how images are cut into sample and stream."""
-    whole = clusterer(encoder).fit(rgb_digits[:600])
+    exits = {"exits": ["layer1", "layer2.0", "layer2", "layer3.0"]}
+    whole = clusterer(encoder, **exits).fit(rgb_digits[:600])
     monkeypatch.setattr("ssl_exit.fitting.SAMPLE", 100)
     monkeypatch.setattr("ssl_exit.fitting.SAMPLE_BYTES", 1)
-    small = clusterer(encoder, n_clusters=5).fit(rgb_digits[:600])
+    small = clusterer(encoder, **exits).fit(rgb_digits[:600])
     assert (small.n_sample_, whole.n_sample_) == (5, 480)
     assert small.n_fit_ == whole.n_fit_ == 480
 
     rule = whole.cascade_.exit_rules[3]
-    monkeypatch.setattr("ssl_exit.exits.kmeans.FinalClusters.fit", lambda *_, **__: whole.cascade_.final)
-    streamed = clusterer(encoder).fit(rgb_digits[:600]).cascade_.exit_rules[3]
+    monkeypatch.setattr("ssl_exit.exits.final.FinalClusters.fit", lambda *_, **__: whole.cascade_.final)
+    streamed = clusterer(encoder, **exits).fit(rgb_digits[:600]).cascade_.exit_rules[3]
     torch.testing.assert_close(streamed.bias, rule.bias, rtol=1e-2, atol=2e-3)
     torch.testing.assert_close(streamed.weight, rule.weight, rtol=1e-2, atol=2e-3)
 
 
 def test_every_rule_and_descriptor_runs(encoder, rgb_digits):
-    for rule in RULES:
+    for rule in [*RULES, "centroid+sdn"]:
+        options = {"epochs": 0} if rule in ("sdn", "branchynet", "eenet", "mlp", "centroid+sdn") else None
         for accumulate in (True, False):
-            c = clusterer(encoder, rule=rule, descriptor="average", accumulate=accumulate, normalize=True)
+            c = clusterer(
+                encoder,
+                rule=rule,
+                rule_options=options,
+                exits=["layer1", "layer2"],
+                descriptor="average",
+                accumulate=accumulate,
+                normalize=True,
+            )
             labels = c.fit(rgb_digits[:300]).predict(rgb_digits[300:340])
             assert labels.shape == (40,)
             assert set(labels) <= set(range(5))
@@ -107,7 +117,7 @@ def test_an_interrupted_fit_or_calibration_loses_nothing(encoder, rgb_digits, mo
     c = clusterer(encoder).fit(rgb_digits[:400])
     before, state = c.predict(rgb_digits[400:500]), c.certificate_
     thresholds = c.cascade_.thresholds.clone()
-    for target in ("ssl_exit.clusterer.fit_cascade", "ssl_exit.clusterer.certify"):
+    for target in ("ssl_exit.clusterer.collect", "ssl_exit.clusterer.certify"):
         with monkeypatch.context() as patch:
             patch.setattr(target, lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
             with pytest.raises(KeyboardInterrupt):

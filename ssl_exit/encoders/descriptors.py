@@ -44,17 +44,18 @@ def average(x: Tensor) -> Tensor:
 
 
 def pyramid(x: Tensor) -> Tensor:
-    """Averages of the whole map and of its four quarters, and the standard deviation: (N, C, H, W) -> (N, 6C).
+    """Averages of the four quarters of the map, its standard deviation and maximum: (N, C, H, W) -> (N, 6C).
 
-    Quarters of an odd side share its middle row or column. Reductions are spelled out because
-    `torch.std_mean` and `adaptive_avg_pool2d` take several times as long on CPUs.
+    The average of the whole is the mean of the quarters' and would add nothing to a linear rule. Quarters of an odd
+    side share its middle row or column. Reductions are spelled out because `torch.std_mean` and
+    `adaptive_avg_pool2d` take several times as long on CPUs.
     """
     h, w = x.shape[2:]
     mean = x.mean(dim=(2, 3), keepdim=True)
     std = torch.linalg.vector_norm(x - mean, dim=(2, 3)) / math.sqrt(h * w)
     rows = torch.stack([x[:, :, : -(-h // 2)].mean(2), x[:, :, h // 2 :].mean(2)], dim=2)
     quarters = torch.stack([rows[..., : -(-w // 2)].mean(3), rows[..., w // 2 :].mean(3)], dim=3)
-    return torch.cat([mean.flatten(1), quarters.flatten(1), std], dim=1)
+    return torch.cat([quarters.flatten(1), std, x.amax(dim=(2, 3))], dim=1)
 
 
 def tokens(x: Tensor) -> Tensor:
@@ -64,11 +65,16 @@ def tokens(x: Tensor) -> Tensor:
     return torch.cat([x[:, 0], mean[:, 0], std], dim=1)
 
 
+def flatten(x: Tensor) -> Tensor:
+    """Every entry of the tensor: (N, ...) -> (N, D). Wide: for comparisons with methods that do not pool."""
+    return x.flatten(1)
+
+
 @dataclass(frozen=True)
 class _Kind:
     pool: Callable[[Tensor], Tensor]
     layouts: tuple[Layout, ...]
-    width: int  # entries per channel
+    width: int  # entries per channel; 0 for all there are
     reads: int  # multiply-adds per element of the tensor: one for each moment that is formed
 
 
@@ -76,6 +82,7 @@ KINDS = {
     "average": _Kind(average, ("map", "map_channels_last", "tokens"), width=1, reads=1),
     "pyramid": _Kind(pyramid, ("map", "map_channels_last"), width=6, reads=3),
     "tokens": _Kind(tokens, ("tokens",), width=3, reads=2),
+    "flatten": _Kind(flatten, ("map", "map_channels_last", "tokens"), width=0, reads=0),
 }
 
 
@@ -84,7 +91,7 @@ class Descriptor:
     """Pools the tensor at one exit point into (N, dim) vectors.
 
     Attributes:
-        kind: "average", "pyramid" or "tokens"; vectors pass through any kind.
+        kind: "average", "pyramid", "tokens" or "flatten"; vectors pass through any kind.
         shape: shape of the tensor at the exit point, without the batch.
         layout: how that tensor is read.
         normalize: divide each descriptor by its L2 norm.
@@ -108,7 +115,8 @@ class Descriptor:
     @property
     def dim(self) -> int:
         channels = self.shape[0] if self.layout in ("map", "vector") else self.shape[-1]
-        return channels * (1 if self.layout == "vector" else KINDS[self.kind].width)
+        width = 1 if self.layout == "vector" else KINDS[self.kind].width
+        return channels * width if width else math.prod(self.shape)
 
     @property
     def macs(self) -> int:

@@ -8,6 +8,7 @@ from torch import Tensor, fx, nn
 from ssl_exit.encoders.graph import ExitPoint, TracedEncoder, stage_nodes, trace
 from ssl_exit.errors import InputError
 
+MOST_EXITS = 8  # that "auto" considers
 WIDEST = 4096  # entries of an (accumulated) descriptor; its covariance then takes 134 MB in float64
 
 
@@ -57,7 +58,7 @@ def split(encoder: nn.Module | Sequence[nn.Module], exits: Sequence[str] | str, 
     return StagedEncoder(stages, points, [b - a for a, b in pairwise(at)])
 
 
-def choose_exits(points: Sequence[ExitPoint], most: int = 8) -> list[int]:
+def choose_exits(points: Sequence[ExitPoint], most: int = MOST_EXITS) -> list[int]:
     """Indices of at most `most` exit points spread evenly over the cost between 5 % and 95 %.
 
     Of points at one cost (a convolution, its normalisation, its activation) the last is taken. Vectors of more

@@ -54,9 +54,9 @@ class TappedEncoder(nn.Module):
             encoder: the network, or a list of modules that are its stages.
             exits: names of exit points, or "auto".
             example: images as the encoder takes them, (N, C, H, W).
-            descriptor: "average", "pyramid" or "tokens"; a list of those, one an exit; or "auto": the pyramid
-                for maps and tokens for sequences if all descriptors together have at most 4,096 entries, else
-                the average.
+            descriptor: "average", "pyramid", "tokens" or "flatten"; a list of those, one an exit; or "auto": the
+                pyramid for maps and tokens for sequences if all descriptors together have at most 4,096 entries,
+                else the average.
             accumulate: let each exit see the descriptors of earlier exits too (see `columns`); where they would
                 have more than 4,096 entries, each exit sees its own.
             normalize: divide each descriptor by its L2 norm.

@@ -2,10 +2,7 @@
 
 import faiss
 import numpy as np
-import torch
-import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
-from torch import Tensor, nn
 
 from ssl_exit.errors import InputError
 
@@ -82,37 +79,3 @@ def match_clusters(counts: np.ndarray) -> np.ndarray:
     partner = np.empty(len(counts), dtype=np.int64)
     partner[rows] = columns
     return partner
-
-
-class FinalClusters(nn.Module):
-    """Nearest final centroid: the answer the whole encoder gives.
-
-    Attributes:
-        centroids: (K, D); of unit length if `spherical`.
-        spherical: compare directions: features are divided by their L2 norm first.
-    """
-
-    centroids: Tensor
-
-    def __init__(self, centroids: Tensor, spherical: bool) -> None:
-        super().__init__()
-        self.register_buffer("centroids", centroids)
-        self.spherical = spherical
-
-    @classmethod
-    def fit(cls, features: Tensor, n_clusters: int, *, spherical: bool, seed: int) -> "FinalClusters":
-        """Cluster final features, (N, D), which must be finite (see `kmeans`)."""
-        points = F.normalize(features, dim=1) if spherical else features
-        centroids, _ = kmeans(points.numpy(), n_clusters, spherical=spherical, seed=seed)
-        return cls(torch.from_numpy(centroids), spherical)
-
-    @property
-    def macs(self) -> int:
-        return self.centroids.numel()
-
-    def forward(self, features: Tensor) -> Tensor:
-        """Labels, (N,) int64, of final features, (N, D); -1 where a feature is not finite."""
-        points = F.normalize(features, dim=1) if self.spherical else features
-        half_norms = self.centroids.square().sum(1) / 2
-        labels = torch.addmm(-half_norms, points, self.centroids.T).argmax(1)
-        return torch.where(features.isfinite().all(1), labels, -1)

@@ -1,6 +1,8 @@
 """What an exit rule is: descriptors in, a final cluster and a score out."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
@@ -8,10 +10,28 @@ import torch
 from scipy.optimize import minimize_scalar
 from torch import Tensor, nn
 
-from ssl_exit.errors import InputError
 from ssl_exit.exits.statistics import ClusterStatistics
 
 RULES: dict[str, type["ExitRule"]] = {}
+
+
+@dataclass(frozen=True)
+class Training:
+    """What the rule of one exit learns from.
+
+    Attributes:
+        statistics: of all images of the fit.
+        sample: descriptors of a random part of them, (m, D).
+        labels: what to predict for that part, (m,) int64: final clusters, or classes in the supervised mode.
+        soft: the whole encoder's soft assignment of that part, (m, K), rows of sum 1.
+        seed: for rules that draw.
+    """
+
+    statistics: ClusterStatistics
+    sample: Tensor
+    labels: Tensor
+    soft: Tensor
+    seed: int
 
 
 class ExitRule(nn.Module, ABC):
@@ -21,12 +41,20 @@ class ExitRule(nn.Module, ABC):
     fitted on held-out images (Guo et al., arXiv 1706.04599, section 4.2), so that a score of 0.9 means about
     90 % agreement with the whole encoder.
 
-    A subclass sets `name`, registers its arrays as buffers of fixed shape in `__init__` (so that they can be
-    saved and loaded), and writes `fit`, `logits` and `macs`.
+    A subclass sets `name`, registers its arrays in `__init__` at shapes that depend on nothing but the
+    arguments (so that they can be saved and loaded), and writes `fit`, `logits` and `macs`. Further keyword
+    arguments of `__init__` are the rule's options, which must be what JSON can hold.
+
+    Attributes:
+        needs_scatter: whether `fit` uses the scatter of the statistics.
+        sample_images: how many images `fit` wants in the sample, as far as memory allows.
+        calibrated: whether held-out images set the temperature; where not, it is 1.
     """
 
     name: ClassVar[str]
-    needs_scatter: ClassVar[bool] = False
+    needs_scatter: bool = False
+    sample_images: int = 10_000
+    calibrated: ClassVar[bool] = True
     temperature: Tensor
 
     def __init_subclass__(cls) -> None:
@@ -39,56 +67,68 @@ class ExitRule(nn.Module, ABC):
         self.register_buffer("temperature", torch.ones(()))
 
     @abstractmethod
-    def fit(self, statistics: ClusterStatistics, sample: Tensor, labels: Tensor, seed: int) -> None:
-        """Learn from images and their final clusters.
-
-        Args:
-            statistics: of all images of the fit.
-            sample: descriptors of a random part of them, (m, D).
-            labels: final clusters of that part, (m,) int64.
-            seed: for rules that draw.
-        """
+    def fit(self, training: Training) -> None:
+        """Learn from images and their final clusters."""
 
     @abstractmethod
     def logits(self, x: Tensor) -> Tensor:
-        """One number per final cluster, larger = closer: (N, D) -> (N, K)."""
+        """One number per final cluster, larger = closer: (N, D) -> (N, width)."""
 
     @property
     @abstractmethod
     def macs(self) -> int:
         """Multiply-adds per image."""
 
+    @property
+    def width(self) -> int:
+        """Columns of `logits`: the number of clusters, unless a rule carries more to its score."""
+        return self.n_clusters
+
+    @classmethod
+    def fit_all(cls, rules: Sequence["ExitRule"], trainings: Sequence[Training], costs: np.ndarray) -> None:
+        """Fit the rules of all exits; one after the other, unless a rule trains them together.
+
+        Args:
+            rules: of this class, one for each exit.
+            trainings: one for each exit; all on the same images.
+            costs: cost of leaving at each exit and, last, of the whole encoder, (E + 1,).
+        """
+        for rule, training in zip(rules, trainings, strict=True):
+            rule.fit(training)
+
+    def log_probabilities(self, logits: Tensor) -> Tensor:
+        """log p(final cluster): (N, width) -> (N, K)."""
+        return torch.log_softmax(logits / self.temperature, dim=1)
+
+    def score(self, log_p: Tensor, logits: Tensor) -> Tensor:
+        """How sure, (N,) in [0, 1] or NaN; log_p, (N, K), is this exit's own or that of an ensemble."""
+        return log_p.max(1).values.exp()
+
     def decide(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Label, (N,) int64, and score, (N,) in [0, 1], of logits, (N, K); NaN stays NaN."""
-        best, labels = logits.max(1)
-        return labels, ((logits - best[:, None]) / self.temperature).exp().sum(1).reciprocal()
+        """Label, (N,) int64, and score, (N,), of logits, (N, width); NaN stays NaN in the score."""
+        log_p = self.log_probabilities(logits)
+        return log_p.argmax(1), self.score(log_p, logits)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Label and score of descriptors, (N, D)."""
         return self.decide(self.logits(x))
 
     def fit_temperature(self, logits: Tensor, labels: Tensor) -> None:
-        """Set the temperature that makes held-out labels likeliest: logits (n, K), labels (n,)."""
-        scaled = logits.double()
-        rows = torch.arange(len(labels))
-
-        def loss(log_temperature: float) -> float:
-            log_p = torch.log_softmax(scaled / np.exp(log_temperature), dim=1)
-            return -float(log_p[rows, labels].mean())
-
-        best = minimize_scalar(loss, bounds=(-7, 7), method="bounded")
-        self.temperature.fill_(float(np.exp(best.x)))
+        """Set the temperature that makes held-out labels likeliest: logits (n, width), labels (n,)."""
+        if self.calibrated:
+            self.temperature.fill_(likeliest_temperature(logits, labels))
 
 
-def rule_named(name: str) -> type[ExitRule]:
-    """The class of a rule.
+def likeliest_temperature(logits: Tensor, labels: Tensor) -> float:
+    """argmin over T of the mean of -log softmax(logits / T)[label]; logits (n, K), labels (n,)."""
+    scaled = logits.double()
+    rows = torch.arange(len(labels))
 
-    Raises:
-        InputError: no rule of that name.
-    """
-    if name not in RULES:
-        raise InputError(f"rule {name!r} does not exist; choose one of {sorted(RULES)}")
-    return RULES[name]
+    def loss(log_temperature: float) -> float:
+        log_p = torch.log_softmax(scaled / np.exp(log_temperature), dim=1)
+        return -float(log_p[rows, labels].mean())
+
+    return float(np.exp(minimize_scalar(loss, bounds=(-7, 7), method="bounded").x))
 
 
 def squared_distances(x: Tensor, centers: Tensor) -> Tensor:

@@ -73,6 +73,11 @@ class ClusterStatistics:
         scatter = None if self.scatter is None else self.scatter[:dim, :dim]
         return ClusterStatistics(self.origin[:dim], self.counts, self.sums[:, :dim], scatter)
 
+    def at(self, columns: Tensor) -> "ClusterStatistics":
+        """The same for some entries of every descriptor: (d,) int64."""
+        scatter = None if self.scatter is None else self.scatter[columns][:, columns]
+        return ClusterStatistics(self.origin[columns], self.counts, self.sums[:, columns], scatter)
+
     @property
     def mean(self) -> Tensor:
         """Mean descriptor of all images, (D,) float64."""

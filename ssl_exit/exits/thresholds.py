@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
+from sklearn.linear_model import LogisticRegression
 
 NEVER = np.inf
 
@@ -51,7 +52,13 @@ def trade_off(path: np.ndarray, recorded: Recorded, costs: np.ndarray) -> tuple[
 
 
 def threshold_path(
-    recorded: Recorded, costs: np.ndarray, n_clusters: int, steps: int = 40, between: int = 24
+    recorded: Recorded,
+    costs: np.ndarray,
+    n_clusters: int,
+    *,
+    per_cluster: bool = True,
+    steps: int = 40,
+    between: int = 24,
 ) -> np.ndarray:
     """Settings from "never exit" to "always exit at the first", cheaper and less sure step by step.
 
@@ -62,6 +69,7 @@ def threshold_path(
         recorded: images that shape the path.
         costs: cost of leaving at each exit and, last, of the whole encoder, (E + 1,).
         n_clusters: K.
+        per_cluster: a threshold for every exit and cluster; otherwise one for every exit.
         steps: number of prices.
         between: settings from one price to the next.
 
@@ -71,8 +79,9 @@ def threshold_path(
     e = recorded.labels.shape[1]
     best = np.full((e, n_clusters), NEVER)
     knots = [best]
+    loss = ((recorded.labels != recorded.final[:, None]) + 1 - foretold_agreement(recorded)) / 2
     for price in np.geomspace(100.0, 0.3, steps):
-        best = _best_thresholds(recorded, costs, price, best)
+        best = _best_thresholds(recorded, loss, costs, price, best, per_cluster)
         knots.append(best)
     knots.append(np.zeros((e, n_clusters)))
     odds = [_log_odds(knot) for knot in knots]
@@ -81,15 +90,42 @@ def threshold_path(
     return np.stack([*settings, knots[-1]]).astype(np.float32)
 
 
-def _best_thresholds(
-    recorded: Recorded, costs: np.ndarray, price: float, start: np.ndarray, sweeps: int = 3
-) -> np.ndarray:
-    """Coordinate descent on mean(cost) + price * mean(disagreement), exit by exit from the last to the first.
+def foretold_agreement(recorded: Recorded) -> np.ndarray:
+    """Probability that each exit's label agrees, as its score foretells it: (N, E) in [0, 1], rising with the score.
 
-    Whether an image that leaves would disagree is counted half as seen and half as its score foretells:
-    with a hundred thresholds, counting only what was seen finds thresholds just above the worst image seen.
+    One logistic regression an exit on the log-odds of the score (Platt scaling), so that rules may score on any
+    scale. NaN scores foretell 0.
     """
-    labels, scores, final = recorded.labels, recorded.scores, recorded.final
+    agrees = recorded.labels == recorded.final[:, None]
+    found = np.zeros(recorded.scores.shape)
+    for exit_ in range(recorded.labels.shape[1]):
+        usable = np.isfinite(recorded.scores[:, exit_])
+        z, target = _log_odds(recorded.scores[usable, exit_].astype(np.float64)), agrees[usable, exit_]
+        p = np.full(len(z), target.mean() if len(z) else 0.0)
+        if 0 < target.sum() < len(target) and np.ptp(z) > 0:
+            scaled = (z - z.mean())[:, None] / z.std()
+            regression = LogisticRegression(C=100.0).fit(scaled, target)
+            if regression.coef_[0, 0] > 0:
+                p = regression.predict_proba(scaled)[:, 1]
+        found[usable, exit_] = p
+    return found
+
+
+def _best_thresholds(
+    recorded: Recorded,
+    loss: np.ndarray,
+    costs: np.ndarray,
+    price: float,
+    start: np.ndarray,
+    per_cluster: bool,
+    sweeps: int = 3,
+) -> np.ndarray:
+    """Coordinate descent on mean(cost) + price * mean(loss), exit by exit from the last to the first.
+
+    The loss of leaving, (N, E), counts a disagreement half as seen and half as the score foretells: with a
+    hundred thresholds, counting only what was seen finds thresholds just above the worst image seen.
+    """
+    labels, scores = recorded.labels, recorded.scores
     n, e = labels.shape
     thresholds = start.copy()
     for _ in range(sweeps):
@@ -97,16 +133,19 @@ def _best_thresholds(
         reached = np.column_stack([np.ones(n, dtype=bool), ~np.logical_or.accumulate(leaves, axis=1)[:, :-1]])
         onward_cost, onward_loss = np.full(n, costs[-1]), np.zeros(n)  # of going on from the exit at hand
         for exit_ in reversed(range(e)):
-            loss = ((labels[:, exit_] != final) + 1 - scores[:, exit_]) / 2
-            gain = onward_cost - costs[exit_] - price * (loss - onward_loss)
-            usable = reached[:, exit_] & np.isfinite(scores[:, exit_])
-            for cluster in np.unique(labels[usable, exit_]):
-                members = np.flatnonzero(usable & (labels[:, exit_] == cluster))
-                order = members[np.argsort(-scores[members, exit_], kind="stable")]
-                thresholds[exit_, cluster] = _best_cut(scores[order, exit_], gain[order])
+            gain = onward_cost - costs[exit_] - price * (loss[:, exit_] - onward_loss)
+            usable = np.flatnonzero(reached[:, exit_] & np.isfinite(scores[:, exit_]))
+            usable = usable[np.argsort(-scores[usable, exit_], kind="stable")]
+            groups: list[tuple[int | slice, np.ndarray]] = [(slice(None), usable)]
+            if per_cluster:
+                own = labels[usable, exit_]
+                groups = [(int(cluster), usable[own == cluster]) for cluster in np.unique(own)]
+            for clusters, order in groups:
+                if len(order):
+                    thresholds[exit_, clusters] = _best_cut(scores[order, exit_], gain[order])
             go = scores[:, exit_] >= thresholds[exit_, labels[:, exit_]]
             onward_cost = np.where(go, costs[exit_], onward_cost)
-            onward_loss = np.where(go, loss, onward_loss)
+            onward_loss = np.where(go, loss[:, exit_], onward_loss)
     return thresholds
 
 

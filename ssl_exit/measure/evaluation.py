@@ -9,6 +9,7 @@ import numpy as np
 from ssl_exit.cascade import Cascade, ExitResult, Run
 from ssl_exit.data.images import Batch
 from ssl_exit.errors import InputError
+from ssl_exit.exits.final import FinalClasses
 from ssl_exit.measure.metrics import against_targets, agreement
 from ssl_exit.measure.timing import now
 
@@ -85,7 +86,7 @@ def evaluate(
         batches: images with positions 0 to n - 1.
         n: how many there are.
         batch_size: images a stage runs on at a time.
-        targets: ground truth, (n,), for ACC, NMI and ARI; used here only.
+        targets: ground truth, (n,), for ACC (accuracy in the supervised mode), NMI and ARI; used here only.
 
     Raises:
         InputError: no image can be used.
@@ -119,8 +120,9 @@ def evaluate(
         raise InputError(f"none of the {n} images can be used; the first: {result.skipped[min(result.skipped)]}")
     metrics: dict[str, float] = {}
     if targets is not None:
-        metrics = against_targets(result.labels[good], targets[good])
-        metrics |= {f"{k}_full": v for k, v in against_targets(full[good], targets[good]).items()}
+        classes = isinstance(cascade.final, FinalClasses)
+        metrics = against_targets(result.labels[good], targets[good], classes)
+        metrics |= {f"{k}_full": v for k, v in against_targets(full[good], targets[good], classes).items()}
     names = [point.name for point in cascade.tapped.staged.exit_points] + ["end"]
     rows = []
     for e, (name, cost) in enumerate(zip(names, cascade.costs, strict=True)):

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from ssl_exit.encoders.graph import ExitPoint
 from ssl_exit.measure.evaluation import Evaluation
+from ssl_exit.measure.explanation import Explanation
 
 
 def text_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -48,4 +49,36 @@ def exit_points_table(points: Sequence[ExitPoint]) -> str:
     """One row a legal exit point."""
     return text_table(
         ("exit point", "shape", "cost"), [(p.name, "x".join(map(str, p.shape)), f"{p.cost:.3f}") for p in points]
+    )
+
+
+def explanation_table(explanation: Explanation) -> str:
+    """One row an exit: who comes and leaves, a histogram of scores from 0 to 1, thresholds, and who would leave."""
+    lower = list(explanation.released)
+    head = ("exit", "reached", "left", "scores 0 to 1", "threshold", "surest 1% agree", *(f"at {a:.0%}" for a in lower))
+    rows = [
+        (
+            row.name,
+            str(row.reached),
+            str(row.left),
+            _bars(row.histogram),
+            " ".join("never" if t is None else f"{t:.3f}" for t in dict.fromkeys(row.threshold)),
+            f"{row.surest:.1%}",
+            *(str(row.released[a]) for a in lower),
+        )
+        for row in explanation.exits
+    ]
+    lines = [text_table(head, rows), "", f"{explanation.leaving:.1%} of {explanation.n} images exit early."]
+    if explanation.reason:
+        lines.append(explanation.reason)
+    lines += [f"At {a:.0%} agreement {share:.1%} would." for a, share in explanation.released.items()]
+    return "\n".join(lines)
+
+
+def _bars(histogram: Sequence[int]) -> str:
+    """Counts as bars of eight heights; an empty bin is a space, one image is seen."""
+    most = max(histogram, default=0)
+    return "".join(
+        " " if count == 0 else "\u2581\u2582\u2583\u2584\u2585\u2586\u2587\u2588"[(8 * count - 1) // most]
+        for count in histogram
     )

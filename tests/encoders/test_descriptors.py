@@ -13,10 +13,10 @@ from tests.conftest import tensors_of, untrained
 
 
 @given(h=st.integers(1, 9), w=st.integers(1, 9), seed=st.integers(0, 99))
-def test_pyramid_equals_pooling_and_standard_deviation(h, w, seed):
+def test_pyramid_equals_pooling_standard_deviation_and_maximum(h, w, seed):
     x = torch.randn(3, 4, h, w, generator=torch.Generator().manual_seed(seed)) + 5
     quarters = F.adaptive_avg_pool2d(x, 2).flatten(1)
-    expected = torch.cat([x.mean((2, 3)), quarters, x.std((2, 3), correction=0)], dim=1)
+    expected = torch.cat([quarters, x.std((2, 3), correction=0), F.adaptive_max_pool2d(x, 1).flatten(1)], dim=1)
     torch.testing.assert_close(pyramid(x), expected, rtol=1e-4, atol=1e-5)
 
 
@@ -51,6 +51,13 @@ def test_channels_last_maps_give_the_same_descriptor():
     assert first.macs == last.macs == 3 * 5 * 16
 
 
+def test_flattened_maps_are_all_their_entries():
+    x = torch.randn(2, 5, 4, 4)
+    flat = Descriptor("flatten", (5, 4, 4), "map")
+    assert torch.equal(flat(x), x.reshape(2, 80))
+    assert (flat.dim, flat.macs) == (80, 0)
+
+
 def test_vectors_pass_and_normalising_gives_unit_length():
     x = torch.randn(3, 7)
     assert torch.equal(Descriptor("pyramid", (7,), "vector")(x), x)
@@ -62,8 +69,8 @@ def test_vectors_pass_and_normalising_gives_unit_length():
     ("kind", "shape", "layout", "message"),
     [
         ("median", (4, 2, 2), "map", "'median' does not exist"),
-        ("pyramid", (5, 4), "tokens", r"choose one of \['average', 'tokens'\]"),
-        ("tokens", (4, 2, 2), "map", r"choose one of \['average', 'pyramid'\]"),
+        ("pyramid", (5, 4), "tokens", r"choose one of \['average', 'flatten', 'tokens'\]"),
+        ("tokens", (4, 2, 2), "map", r"choose one of \['average', 'flatten', 'pyramid'\]"),
     ],
 )
 def test_descriptors_that_do_not_fit_are_refused(kind, shape, layout, message):

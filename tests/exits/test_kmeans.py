@@ -2,14 +2,13 @@
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.cluster import KMeans
 from sklearn.datasets import load_digits
 
 from ssl_exit.errors import InputError
-from ssl_exit.exits.kmeans import FinalClusters, kmeans, match_clusters
+from ssl_exit.exits.kmeans import kmeans, match_clusters
 
 
 def test_inertia_is_scikit_learns():
@@ -70,11 +69,3 @@ def test_matching_undoes_a_renaming(k, seed):
     counts = rng.integers(0, 10, (k, k))
     counts[np.arange(k), rename] += 1000
     np.testing.assert_array_equal(match_clusters(counts), rename)
-
-
-def test_final_clusters_by_hand():
-    centroids = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
-    features = torch.tensor([[5.0, 1.0], [0.1, 0.2], [torch.nan, 1.0], [torch.inf, 0.0]])
-    assert FinalClusters(centroids, spherical=True)(features).tolist() == [0, 1, -1, -1]
-    far = FinalClusters(torch.tensor([[0.0, 0.0], [4.0, 0.0]]), spherical=False)
-    assert far(torch.tensor([[1.9, 0.0], [2.1, 0.0], [1.0, 50.0]])).tolist() == [0, 1, 0]

@@ -1,0 +1,485 @@
+"""Every exit rule on the same encoder, images and exits: what agreement, and what accuracy, each costs.
+
+    uv run python benchmarks/rules.py
+
+Frozen ResNet-20 on CIFAR-10 (re-encoded as JPEG), K = 10, all eight candidate exits, in three settings: "supervised
+weights" (final clusters of its features; no labels), "simclr" (the same), and "classes" (the supervised mode: means
+and heads learn class labels, and the whole encoder's answer is its classifier's). For each of five seeds the
+training images are split anew: 40,000 to fit, 10,000 for temperatures and thresholds; k-means and heads start from
+the seed. Figures are on the 10,000 test images: mean and standard deviation over the seeds of
+
+    cost at 99, 98, 95, 90 % agreement   least cost of a setting on the rule's threshold path that reaches it
+    accuracy at that cost                ACC of the clusters, or plain accuracy for "classes"
+    fit seconds                          without the pass that computes descriptors, which all rules share
+
+Costs are multiply-adds relative to the whole encoder, the exits' own work included. "unpooled" rows take distances on
+the whole map, K C H W multiply-adds an exit. Trained heads get the seconds that the centroid rule took in the same
+run (x1), and ten times that (x10). Thresholds: per exit for E2CM, as in the paper; otherwise per exit and cluster,
+unless the row says "CBT" or "one an exit".
+"""
+
+import argparse
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+
+import matplotlib
+import numpy as np
+import torch
+from common import PREPROCESSING, RESULTS, SHARED, cifar, encoder, report
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ssl_exit.encoders.tapped import TappedEncoder
+from ssl_exit.exits.across import AcrossExits
+from ssl_exit.exits.cbt import cbt_path
+from ssl_exit.exits.e2cm import E2CMReleasedRule, E2CMRule
+from ssl_exit.exits.final import Final, FinalClasses, FinalClusters
+from ssl_exit.exits.registry import build_rules
+from ssl_exit.exits.rules import ExitRule
+from ssl_exit.exits.statistics import ClusterStatistics
+from ssl_exit.exits.thresholds import Recorded, simulate, threshold_path
+from ssl_exit.fitting import Collected
+from ssl_exit.measure.metrics import clustering_accuracy
+from ssl_exit.report.tables import text_table
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+SETTINGS = {"supervised weights": "supervised", "simclr": "simclr", "classes": "supervised"}
+ASKED = (0.99, 0.98, 0.95, 0.90)
+K = 10
+HELD = 10_000
+BATCH = 500
+GRID = np.linspace(0.2, 1.0, 81)  # costs at which curves are averaged over seeds
+
+
+@dataclass
+class Images:
+    """One encoder's view of all images: pooled descriptors, final features and distances on whole maps."""
+
+    tapped: TappedEncoder
+    average: TappedEncoder
+    described: dict[str, Tensor]
+    features: dict[str, Tensor]
+    targets: dict[str, np.ndarray]
+    pixels: dict[str, Tensor]
+    name: str
+
+    def batches(self, part: str):
+        """Slices and preprocessed images, (BATCH, 3, 32, 32)."""
+        how = PREPROCESSING[self.name]
+        mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (how.mean, how.std))
+        for rows in torch.arange(len(self.pixels[part])).split(BATCH):
+            yield rows, (self.pixels[part][rows].float() / 255 - mean) / std
+
+
+@dataclass
+class Row:
+    """How to get one row of the table."""
+
+    label: str
+    rule: str
+    options: dict = field(default_factory=dict)
+    pooled: str = "pyramid"  # or "average": global averages, each exit its own
+    thresholds: str = "search"
+    across: AcrossExits = field(default_factory=AcrossExits)
+    budget: float | None = None  # times the seconds of the centroid rule
+    mirror: bool = False  # fit on mirrored images too
+
+
+ROWS = [
+    Row("centroid (default)", "centroid"),
+    Row("centroid, CBT thresholds", "centroid", thresholds="cbt"),
+    Row("centroid, one threshold an exit", "centroid", thresholds="exit"),
+    Row("centroid, patience 2", "centroid", across=AcrossExits(patience=2)),
+    Row("centroid, ensemble", "centroid", across=AcrossExits(ensemble=True)),
+    Row("centroid, mirrored too", "centroid", mirror=True),
+    Row("centroid, own averages", "centroid", pooled="average"),
+    Row("mahalanobis", "mahalanobis"),
+    Row("pseudo-class means (Euclidean)", "euclidean", pooled="average"),
+    Row("k-means a layer, matched", "kmeans", pooled="average"),
+    Row("1,000 prototypes", "prototypes", pooled="average"),
+    Row("E2CM", "e2cm", pooled="average", thresholds="exit"),
+    Row("E2CM as released, pooled", "e2cm_released", pooled="average", thresholds="exit"),
+    Row("SDN x1", "sdn", budget=1),
+    Row("SDN from centroids x1", "sdn", {"start": "centroid"}, budget=1),
+    Row("SDN x10", "sdn", budget=10),
+    Row("BranchyNet x1", "branchynet", budget=1),
+    Row("BranchyNet x10", "branchynet", budget=10),
+    Row("EENet x1", "eenet", budget=1),
+    Row("EENet x10", "eenet", budget=10),
+    Row("MLP x1", "mlp", budget=1),
+    Row("MLP from centroids x1", "mlp", {"start": "centroid"}, budget=1),
+    Row("MLP x10", "mlp", budget=10),
+    Row("MLP, 20 passes, mirrored too", "mlp", {"epochs": 20}, mirror=True),
+    Row(
+        "MLP, 20 passes, mirrored too, ensemble", "mlp", {"epochs": 20}, mirror=True, across=AcrossExits(ensemble=True)
+    ),
+    Row("E2CM + SDN x1", "e2cm+sdn", budget=1),
+    Row("centroid + SDN x1", "centroid+sdn", budget=1),
+]
+
+
+def see(setting: str) -> Images:
+    """Run the encoder over all images once."""
+    name = SETTINGS[setting]
+    encoding = encoder(name).build()
+    example = torch.zeros(1, 3, 32, 32)
+    pixels, targets = {}, {}
+    for part in ("train", "test"):
+        pixels[part], targets[part] = cifar(part)
+    pixels["mirrored"] = pixels["train"].flip(3)
+    tapped = TappedEncoder.build(encoding, "auto", example, descriptor="pyramid").eval()
+    average = TappedEncoder.build(encoding, "auto", example, descriptor="average", accumulate=False).eval()
+    images = Images(tapped, average, {}, {}, targets, pixels, name)
+    for part in pixels:
+        described, features = [], []
+        with torch.inference_mode():
+            for _, x in images.batches(part):
+                one, two = tapped(x)
+                described.append(one)
+                features.append(two)
+        images.described[part], images.features[part] = torch.cat(described).clone(), torch.cat(features).clone()
+    if setting == "classes":
+        weights = load_file(SHARED / "weights" / "resnet20_cifar10_supervised.safetensors")
+        for part, found in images.features.items():
+            images.features[part] = found @ weights["linear.weight"].T + weights["linear.bias"]
+    return images
+
+
+def pooled_as(images: Images, kind: str, part: str) -> Tensor:
+    """Descriptors of one kind: the average is the mean of the pyramid's first four blocks at an exit, its quarters."""
+    if kind == "pyramid":
+        return images.described[part]
+    ends = np.cumsum([0, *(d.dim for d in images.tapped.descriptors)])
+    dims = [d.dim for d in images.average.descriptors]
+    quarters = [images.described[part][:, a : a + 4 * dim] for a, dim in zip(ends, dims, strict=False)]
+    return torch.cat([q.reshape(len(q), 4, -1).mean(1) for q in quarters], dim=1)
+
+
+@dataclass
+class Split:
+    """One seed: who is fitted on, who sets thresholds, and what the answers are."""
+
+    seed: int
+    fit: Tensor
+    held: Tensor
+    final: Final
+    whole: dict[str, Tensor]  # the whole encoder's labels
+    learnt: dict[str, Tensor]  # what exits learn: the same, or classes
+
+
+def split(images: Images, setting: str, seed: int) -> Split:
+    order = torch.from_numpy(np.random.default_rng(seed).permutation(len(images.pixels["train"])))
+    held, fit = order[:HELD], order[HELD:]
+    if setting == "classes":
+        final: Final = FinalClasses(K)
+    else:
+        final = FinalClusters.fit(images.features["train"][fit[:10_000]], K, spherical=True, seed=seed)
+    whole = {part: final(features) for part, features in images.features.items()}
+    learnt = dict(whole)
+    if setting == "classes":
+        classes = torch.from_numpy(images.targets["train"])
+        learnt = {"train": classes, "mirrored": classes}
+    return Split(seed, fit, held, final, whole, learnt)
+
+
+def collected(images: Images, parts: Split, kind: str, mirror: bool) -> Collected:
+    """What a pass of `fit` would have collected, scatter included."""
+    tapped = images.tapped if kind == "pyramid" else images.average
+    names = ["train", "mirrored"] if mirror else ["train"]
+    described = torch.cat([pooled_as(images, kind, name)[parts.fit] for name in names])
+    labels = torch.cat([parts.learnt[name][parts.fit] for name in names])
+    soft = torch.cat([parts.final.soft(images.features[name][parts.fit]) for name in names])
+    columns = [slice(None)] if tapped.accumulate else tapped.columns
+    statistics = [ClusterStatistics.empty(K, described[:10_000, c].double().mean(0)) for c in columns]
+    for rows in torch.arange(len(labels)).split(4096):
+        for c, into in zip(columns, statistics, strict=True):
+            into.add(described[rows][:, c], labels[rows])
+    return Collected(parts.final, statistics, described, labels, soft, {}, 10_000)
+
+
+def answers(images: Images, kind: str, rules: list[ExitRule], part: str, rows: Tensor) -> list[Tensor]:
+    """Logits of every exit, (N, width) each."""
+    tapped = images.tapped if kind == "pyramid" else images.average
+    described = pooled_as(images, kind, part)[rows]
+    with torch.inference_mode():
+        return [rule.logits(described[:, c]).clone() for rule, c in zip(rules, tapped.columns, strict=True)]
+
+
+def record(rules: list[ExitRule], logits: list[Tensor], across: AcrossExits, final: Tensor) -> Recorded:
+    labels, scores = [], []
+    carried = across.begin(len(final), K, torch.device("cpu"))
+    for i, (rule, z) in enumerate(zip(rules, logits, strict=True)):
+        label, score, carried = across.decide(rule, z, carried, i)
+        labels.append(label)
+        scores.append(score)
+    return Recorded(torch.stack(labels, 1).numpy(), torch.stack(scores, 1).numpy(), final.numpy())
+
+
+def measure(
+    images: Images,
+    parts: Split,
+    setting: str,
+    rules: list[ExitRule],
+    on_held: list[Tensor],
+    on_test: list[Tensor],
+    costs: np.ndarray,
+    thresholds: str,
+    across: AcrossExits,
+) -> dict:
+    """Temperatures and a threshold path from held-out images; what they give on the test images."""
+    final = parts.whole["train"][parts.held]
+    for rule, z in zip(rules, on_held, strict=True):
+        rule.fit_temperature(z, final)
+    seen = record(rules, on_held, across, final)
+    if thresholds == "cbt":
+        p = [rule.log_probabilities(z).exp() for rule, z in zip(rules, on_held, strict=True)]
+        path = cbt_path(seen, costs, np.stack([[q[final == k].mean(0).numpy() for k in range(K)] for q in p]))
+    else:
+        path = threshold_path(seen, costs, K, per_cluster=thresholds == "search", steps=24, between=10)
+    test = record(rules, on_test, across, parts.whole["test"])
+    targets = images.targets["test"]
+    score: Callable = (
+        (lambda labels: float((labels == targets).mean()))
+        if setting == "classes"
+        else partial(clustering_accuracy, targets=targets)
+    )
+    found = [(labels, costs[exits].mean()) for labels, exits in (simulate(test, t) for t in path)]
+    cost = np.array([c for _, c in found])
+    agreement = np.array([(labels == test.final).mean() for labels, _ in found])
+    accuracy = {}
+    at = {}
+    for asked in ASKED:
+        i = int(np.where(agreement >= asked, cost, np.inf).argmin())
+        at[f"{asked:.2f}"] = {"cost": float(cost[i]), "accuracy": score(found[i][0])}
+    for c in GRID:
+        i = int(np.where(cost <= c, agreement, -1).argmax())
+        accuracy[i] = accuracy[i] if i in accuracy else score(found[i][0])
+    best = [int(np.where(cost <= c, agreement, -1).argmax()) for c in GRID]
+    reached = cost.min() <= GRID
+    return {
+        "at": at,
+        "agreement": [float(agreement[i]) if ok else None for i, ok in zip(best, reached, strict=True)],
+        "accuracy": [accuracy[i] if ok else None for i, ok in zip(best, reached, strict=True)],
+        "accuracy_whole": score(test.final),
+        "agreement_of_exits": (test.labels == test.final[:, None]).mean(0).tolist(),
+        "costs_of_exits": costs.tolist(),
+    }
+
+
+def costs_of(tapped: TappedEncoder, rules: list[ExitRule], final: Final) -> np.ndarray:
+    from ssl_exit.cascade import exit_costs
+
+    return exit_costs(tapped, rules, final)
+
+
+def one_seed(images: Images, parts: Split, setting: str, unpooled: dict[str, Tensor]) -> dict[str, dict]:
+    """All rows for one seed."""
+    began = time.perf_counter()
+    stored = {("pyramid", False): collected(images, parts, "pyramid", False)}
+    statistics_seconds = time.perf_counter() - began
+    fitted: dict[tuple, tuple] = {}
+    found: dict[str, dict] = {}
+    centroid_seconds = 0.0
+    everyone = torch.arange(len(images.features["test"]))
+    for row in ROWS:
+        tapped = images.tapped if row.pooled == "pyramid" else images.average
+        key = (row.rule, str(row.options), row.pooled, row.budget, row.mirror)
+        if key not in fitted:
+            if (row.pooled, row.mirror) not in stored:
+                stored[row.pooled, row.mirror] = collected(images, parts, row.pooled, row.mirror)
+            source = stored[row.pooled, row.mirror]
+            options = dict(row.options)
+            if row.budget is not None:
+                options["seconds"] = row.budget * centroid_seconds
+            rules = build_rules(row.rule, tapped.seen, K, options)
+            if rules[0].sample_images <= 10_000:  # as the library gives it to rules that need no more
+                few = slice(0, 10_000)
+                source = Collected(
+                    source.final,
+                    source.statistics,
+                    source.descriptors[few],
+                    source.labels[few],
+                    source.soft[few],
+                    {},
+                    0,
+                )
+            began = time.perf_counter()
+            source.fit(tapped, rules, AcrossExits(), parts.seed)
+            seconds = time.perf_counter() - began
+            if any(rule.needs_scatter for rule in rules):
+                seconds += statistics_seconds
+            if row.rule == "centroid" and not centroid_seconds:
+                centroid_seconds = seconds
+            fitted[key] = (
+                rules,
+                answers(images, row.pooled, rules, "train", parts.held),
+                answers(images, row.pooled, rules, "test", everyone),
+                seconds,
+            )
+        rules, on_held, on_test, seconds = fitted[key]
+        costs = costs_of(tapped, rules, parts.final)
+        found[row.label] = measure(
+            images, parts, setting, rules, on_held, on_test, costs, row.thresholds, row.across
+        ) | {"fit_seconds": seconds}
+    for label, of, rule_class in (
+        ("E2CM, unpooled", E2CMRule, "e2cm"),
+        ("E2CM as released, unpooled", E2CMReleasedRule, "released"),
+    ):
+        sizes = [int(np.prod(d.shape)) for d in images.tapped.descriptors]
+        rules = [of(size, K) for size in sizes]
+        on_held, on_test = [], []
+        for e, rule in enumerate(rules):
+            distances = {part: unpooled[part][parts.seed][e] for part in ("train", "test")}
+            if rule_class == "e2cm":
+                rule.scale.copy_(distances["train"][parts.fit].mean(0))
+            on_held.append(rule.of_distances(distances["train"][parts.held]))
+            on_test.append(rule.of_distances(distances["test"]))
+        staged = images.tapped.staged
+        whole = sum(staged.macs) + parts.final.macs
+        work = [stage + rule.macs for stage, rule in zip(staged.macs, rules, strict=False)]
+        costs = np.cumsum([*work, staged.macs[-1] + parts.final.macs]) / whole
+        found[label] = measure(images, parts, setting, rules, on_held, on_test, costs, "exit", AcrossExits()) | {
+            "fit_seconds": None
+        }
+    return found
+
+
+def distances_on_maps(images: Images, splits: list[Split]) -> dict[str, Tensor]:
+    """Distances of every whole map to the mean maps of each seed's labels: part -> (seeds, E, N, K)."""
+    e, n = len(images.tapped.descriptors), len(images.pixels["train"])
+    onehot = torch.zeros(n, len(splits) * K)  # who counts into which mean
+    for s, parts in enumerate(splits):
+        onehot[parts.fit, s * K + parts.learnt["train"][parts.fit]] = 1
+
+    def maps(x: Tensor):
+        for stage in list(images.tapped.staged.stages)[:-1]:
+            x = stage(x)
+            yield x.flatten(1)
+
+    means: list[Tensor] = []
+    with torch.inference_mode():
+        for rows, x in images.batches("train"):
+            sums = [onehot[rows].T @ flat for flat in maps(x)]
+            means = [a + b for a, b in zip(means, sums, strict=True)] if means else sums
+        means = [total / onehot.sum(0)[:, None] for total in means]
+        found = {}
+        for part in ("train", "test"):
+            found[part] = torch.empty(len(splits), e, len(images.pixels[part]), K)
+            for rows, x in images.batches(part):
+                for i, flat in enumerate(maps(x)):
+                    squared = flat.square().sum(1)[:, None] + means[i].square().sum(1) - 2 * flat @ means[i].T
+                    found[part][:, i, rows] = squared.clamp(min=0).sqrt().view(-1, len(splits), K).transpose(0, 1)
+    return found
+
+
+def summary(per_seed: list[dict[str, dict]]) -> list[dict]:
+    """Mean and standard deviation over seeds, row by row."""
+    rows = []
+    for label in per_seed[0]:
+        each = [found[label] for found in per_seed]
+
+        def spread(values: list) -> dict | None:
+            return None if None in values else {"mean": float(np.mean(values)), "std": float(np.std(values))}
+
+        rows.append(
+            {
+                "rule": label,
+                "seeds": len(each),
+                "at": {
+                    asked: {what: spread([one["at"][asked][what] for one in each]) for what in ("cost", "accuracy")}
+                    for asked in each[0]["at"]
+                },
+                "accuracy_whole": spread([one["accuracy_whole"] for one in each]),
+                "fit_seconds": spread([one["fit_seconds"] for one in each]),
+                "agreement": [spread(list(values)) for values in zip(*(one["agreement"] for one in each), strict=True)],
+                "accuracy": [spread(list(values)) for values in zip(*(one["accuracy"] for one in each), strict=True)],
+                "agreement_of_exits": np.mean([one["agreement_of_exits"] for one in each], axis=0).tolist(),
+                "costs_of_exits": np.mean([one["costs_of_exits"] for one in each], axis=0).tolist(),
+            }
+        )
+    return rows
+
+
+def table(rows: list[dict]) -> str:
+    head = ("rule", *(f"cost at {float(asked):.0%}" for asked in rows[0]["at"]), "accuracy at 98%", "fit s")
+
+    def pm(value: dict | None, digits: int) -> str:
+        return "-" if value is None else f"{value['mean']:.{digits}f} ({value['std']:.{digits}f})"
+
+    return text_table(
+        head,
+        [
+            (
+                row["rule"],
+                *(pm(at["cost"], 3) for at in row["at"].values()),
+                pm(row["at"]["0.98"]["accuracy"], 3),
+                pm(row["fit_seconds"], 1),
+            )
+            for row in sorted(rows, key=lambda row: row["at"]["0.98"]["cost"]["mean"])
+        ],
+    )
+
+
+SHOWN = (
+    "centroid (default)",
+    "MLP x10, mirrored too",
+    "SDN x10",
+    "BranchyNet x10",
+    "EENet x10",
+    "E2CM",
+    "1,000 prototypes",
+)
+
+
+def draw(figures: dict[str, list[dict]]) -> None:
+    """Agreement and accuracy against cost, one column a setting."""
+    fig, axes = plt.subplots(2, len(figures), figsize=(4.6 * len(figures), 7), squeeze=False, layout="constrained")
+    for column, (setting, rows) in zip(axes.T, figures.items(), strict=True):
+        for ax, what in zip(column, ("agreement", "accuracy"), strict=True):
+            for row in rows:
+                if row["rule"] not in SHOWN:
+                    continue
+                good = [i for i, value in enumerate(row[what]) if value is not None]
+                mean = np.array([row[what][i]["mean"] for i in good])
+                std = np.array([row[what][i]["std"] for i in good])
+                (line,) = ax.plot(GRID[good], mean, lw=1.5, label=row["rule"])
+                ax.fill_between(GRID[good], mean - std, mean + std, color=line.get_color(), alpha=0.2, lw=0)
+            ax.set(xlabel="cost (multiply-adds / whole encoder)", ylabel=what, title=setting)
+            ax.grid(alpha=0.3)
+            if what == "agreement":
+                ax.set_ylim(0.8, 1.002)
+                ax.axhline(0.98, color="0.7", lw=0.8, ls="--")
+            else:
+                ax.axhline(rows[0]["accuracy_whole"]["mean"], color="0.7", lw=0.8, ls="--")
+    axes[0, 0].legend(fontsize=8, loc="lower right")
+    fig.savefig(RESULTS / "rules.png", dpi=110)
+    plt.close(fig)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--settings", nargs="+", default=list(SETTINGS), choices=list(SETTINGS))
+    args = parser.parse_args()
+    warnings.simplefilter("ignore")
+    figures: dict[str, list[dict]] = {}
+    for setting in args.settings:
+        images = see(setting)
+        splits = [split(images, setting, seed) for seed in range(args.seeds)]
+        unpooled = distances_on_maps(images, splits)
+        per_seed = []
+        for parts in splits:
+            per_seed.append(one_seed(images, parts, setting, unpooled))
+            figures[setting] = summary(per_seed)
+            print(f"\n{setting}, seeds 0 to {parts.seed}\n\n{table(figures[setting])}", flush=True)
+            report("rules", {"grid": GRID.tolist(), **figures})
+            draw(figures)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,116 @@
+"""What the whole encoder answers: the nearest final centroid or, in the supervised mode, its own class."""
+
+from abc import ABC, abstractmethod
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ssl_exit.errors import InputError
+from ssl_exit.exits.kmeans import kmeans
+from ssl_exit.exits.rules import squared_distances
+
+TEMPERATURE = 0.1  # of soft assignments by cosine
+
+
+class Final(nn.Module, ABC):
+    """Final features, (N, F), to labels; what exits must agree with."""
+
+    @property
+    @abstractmethod
+    def n_clusters(self) -> int:
+        """Number of labels, K."""
+
+    @property
+    @abstractmethod
+    def macs(self) -> int:
+        """Multiply-adds per image."""
+
+    @abstractmethod
+    def soft(self, features: Tensor) -> Tensor:
+        """Soft assignment, rows of sum 1: (N, F) -> (N, K); trained heads may learn from it."""
+
+    @abstractmethod
+    def forward(self, features: Tensor) -> Tensor:
+        """Labels, (N,) int64; -1 where a feature is not finite."""
+
+
+class FinalClasses(Final):
+    """The supervised mode: the encoder's output is one logit a class, and its label the largest."""
+
+    def __init__(self, n_classes: int) -> None:
+        super().__init__()
+        self.n_classes = n_classes
+
+    @classmethod
+    def of(cls, features: Tensor, n_classes: int) -> "FinalClasses":
+        """After a check of the encoder's output, (N, F).
+
+        Raises:
+            InputError: F is not the number of classes.
+        """
+        if features.shape[1] != n_classes:
+            raise InputError(
+                f"in the supervised mode the encoder gives one logit a class; it gives {features.shape[1]} numbers and "
+                f"n_clusters is {n_classes}: keep its classifier, or change n_clusters"
+            )
+        return cls(n_classes)
+
+    @property
+    def n_clusters(self) -> int:
+        return self.n_classes
+
+    @property
+    def macs(self) -> int:
+        return 0
+
+    def soft(self, features: Tensor) -> Tensor:
+        return torch.softmax(features, dim=1)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return torch.where(features.isfinite().all(1), features.argmax(1), -1)
+
+
+class FinalClusters(Final):
+    """Nearest final centroid: the answer the whole encoder gives.
+
+    Attributes:
+        centroids: (K, D); of unit length if `spherical`.
+        spherical: compare directions: features are divided by their L2 norm first.
+    """
+
+    centroids: Tensor
+
+    def __init__(self, centroids: Tensor, spherical: bool) -> None:
+        super().__init__()
+        self.register_buffer("centroids", centroids)
+        self.spherical = spherical
+
+    @classmethod
+    def fit(cls, features: Tensor, n_clusters: int, *, spherical: bool, seed: int) -> "FinalClusters":
+        """Cluster final features, (N, D), which must be finite (see `kmeans`)."""
+        points = F.normalize(features, dim=1) if spherical else features
+        centroids, _ = kmeans(points.numpy(), n_clusters, spherical=spherical, seed=seed)
+        return cls(torch.from_numpy(centroids), spherical)
+
+    @property
+    def n_clusters(self) -> int:
+        return len(self.centroids)
+
+    @property
+    def macs(self) -> int:
+        return self.centroids.numel()
+
+    def soft(self, features: Tensor) -> Tensor:
+        """softmax(cosine to the centroids / 0.1); if not spherical, of -squared distance / its mean to the nearest."""
+        if self.spherical:
+            return torch.softmax(F.normalize(features, dim=1) @ self.centroids.T / TEMPERATURE, dim=1)
+        squared = squared_distances(features, self.centroids)
+        return torch.softmax(-squared / squared.min(1).values.mean().clamp(min=1e-12), dim=1)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Labels, (N,) int64, of final features, (N, D); -1 where a feature is not finite."""
+        points = F.normalize(features, dim=1) if self.spherical else features
+        half_norms = self.centroids.square().sum(1) / 2
+        labels = torch.addmm(-half_norms, points, self.centroids.T).argmax(1)
+        return torch.where(features.isfinite().all(1), labels, -1)
