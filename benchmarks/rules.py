@@ -13,17 +13,23 @@ the seed. Figures are on the 10,000 test images: mean and standard deviation ove
     fit seconds                          without the pass that computes descriptors, which all rules share
 
 Costs are multiply-adds relative to the whole encoder, the exits' own work included. "unpooled" rows take distances on
-the whole map, K C H W multiply-adds an exit. Trained heads get the seconds that the centroid rule took in the same
-run (x1), and ten times that (x10). Thresholds: per exit for E2CM, as in the paper; otherwise per exit and cluster,
-unless the row says "CBT" or "one an exit".
+the whole map, K C H W multiply-adds an exit. Trained heads get the seconds that the centroid rule took in the same run
+(x1), and ten times that (x10). Thresholds: per exit for E2CM, as in the paper; otherwise per exit and cluster, unless the
+row says "CBT" or "one an exit". A setting run alone (--settings) keeps the others' figures in the file.
+
+For what limits a rule, at 98 % agreement: the cost if exits worked for nothing; the cost of an oracle that leaves at
+the first exit whose label agrees; each exit's agreement; and, by fifths of the margin of the whole encoder's answer
+(largest soft assignment less the second), how many images leave early, how many disagree, and how often the whole
+encoder's own label changes when an image is mirrored (held-out images).
 """
 
 import argparse
+import json
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
 
 import matplotlib
 import numpy as np
@@ -32,6 +38,7 @@ from common import PREPROCESSING, RESULTS, SHARED, cifar, encoder, report
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ssl_exit.cascade import exit_costs
 from ssl_exit.encoders.tapped import TappedEncoder
 from ssl_exit.exits.across import AcrossExits
 from ssl_exit.exits.cbt import cbt_path
@@ -48,7 +55,7 @@ from ssl_exit.report.tables import text_table
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-SETTINGS = {"supervised weights": "supervised", "simclr": "simclr", "classes": "supervised"}
+SETTINGS = {"supervised weights": "supervised", "classes": "supervised", "simclr": "simclr"}
 ASKED = (0.99, 0.98, 0.95, 0.90)
 K = 10
 HELD = 10_000
@@ -88,6 +95,7 @@ class Row:
     across: AcrossExits = field(default_factory=AcrossExits)
     budget: float | None = None  # times the seconds of the centroid rule
     mirror: bool = False  # fit on mirrored images too
+    settings: tuple[str, ...] = tuple(SETTINGS)
 
 
 ROWS = [
@@ -114,18 +122,29 @@ ROWS = [
     Row("MLP x1", "mlp", budget=1),
     Row("MLP from centroids x1", "mlp", {"start": "centroid"}, budget=1),
     Row("MLP x10", "mlp", budget=10),
-    Row("MLP, 20 passes, mirrored too", "mlp", {"epochs": 20}, mirror=True),
-    Row(
-        "MLP, 20 passes, mirrored too, ensemble", "mlp", {"epochs": 20}, mirror=True, across=AcrossExits(ensemble=True)
-    ),
+    Row("MLP, 20 passes, mirrored too", "mlp", {"epochs": 20}, mirror=True, settings=("supervised weights",)),
+    Row("MLP x10, ensemble", "mlp", budget=10, across=AcrossExits(ensemble=True)),
     Row("E2CM + SDN x1", "e2cm+sdn", budget=1),
     Row("centroid + SDN x1", "centroid+sdn", budget=1),
 ]
 
 
 def see(setting: str) -> Images:
-    """Run the encoder over all images once."""
-    name = SETTINGS[setting]
+    """One encoder's view of all images; for "classes", logits take the place of final features."""
+    images = seen_by(SETTINGS[setting])
+    if setting != "classes":
+        return images
+    weights = load_file(SHARED / "weights" / "resnet20_cifar10_supervised.safetensors")
+    logits = {
+        part: features @ weights["linear.weight"].T + weights["linear.bias"]
+        for part, features in images.features.items()
+    }
+    return replace(images, features=logits)
+
+
+@lru_cache(maxsize=1)
+def seen_by(name: str) -> Images:
+    """Run an encoder over all images once."""
     encoding = encoder(name).build()
     example = torch.zeros(1, 3, 32, 32)
     pixels, targets = {}, {}
@@ -138,26 +157,33 @@ def see(setting: str) -> Images:
     for part in pixels:
         described, features = [], []
         with torch.inference_mode():
-            for _, x in images.batches(part):
+            for rows, x in images.batches(part):
                 one, two = tapped(x)
                 described.append(one)
                 features.append(two)
+                if rows[0] == 0 and part == "train":
+                    check_averages(average(x)[0], one, images)
         images.described[part], images.features[part] = torch.cat(described).clone(), torch.cat(features).clone()
-    if setting == "classes":
-        weights = load_file(SHARED / "weights" / "resnet20_cifar10_supervised.safetensors")
-        for part, found in images.features.items():
-            images.features[part] = found @ weights["linear.weight"].T + weights["linear.bias"]
     return images
 
 
-def pooled_as(images: Images, kind: str, part: str) -> Tensor:
-    """Descriptors of one kind: the average is the mean of the pyramid's first four blocks at an exit, its quarters."""
-    if kind == "pyramid":
-        return images.described[part]
+def check_averages(expected: Tensor, pyramids: Tensor, images: Images) -> None:
+    """That averages are read off the pyramids as the library pools them."""
+    torch.testing.assert_close(averages(images, pyramids), expected, rtol=1e-4, atol=1e-5)
+
+
+def averages(images: Images, pyramids: Tensor) -> Tensor:
+    """Global averages at every exit: the mean of a channel's quarters, which come first in its pyramid."""
     ends = np.cumsum([0, *(d.dim for d in images.tapped.descriptors)])
     dims = [d.dim for d in images.average.descriptors]
-    quarters = [images.described[part][:, a : a + 4 * dim] for a, dim in zip(ends, dims, strict=False)]
-    return torch.cat([q.reshape(len(q), 4, -1).mean(1) for q in quarters], dim=1)
+    quarters = [pyramids[:, a : a + 4 * dim] for a, dim in zip(ends, dims, strict=False)]
+    return torch.cat([q.reshape(len(q), -1, 4).mean(2) for q in quarters], dim=1)
+
+
+def pooled_as(images: Images, kind: str, part: str) -> Tensor:
+    """Descriptors of one kind, (N, D)."""
+    described = images.described[part]
+    return described if kind == "pyramid" else averages(images, described)
 
 
 @dataclass
@@ -261,8 +287,17 @@ def measure(
         accuracy[i] = accuracy[i] if i in accuracy else score(found[i][0])
     best = [int(np.where(cost <= c, agreement, -1).argmax()) for c in GRID]
     reached = cost.min() <= GRID
+    at_98 = int(np.where(agreement >= 0.98, cost, np.inf).argmin())
+    labels, exits = simulate(test, path[at_98])
+    work = np.array(images.tapped.staged.macs) / (sum(images.tapped.staged.macs) + parts.final.macs)
+    agrees = np.column_stack([test.labels == test.final[:, None], np.ones(len(test), dtype=bool)])
+    fifth = fifths(parts.final, images.features["test"])
     return {
         "at": at,
+        "cost_if_exits_were_free": float(np.cumsum(work)[exits].mean()),
+        "cost_of_oracle": float(np.cumsum(work)[agrees.argmax(1)].mean()),
+        "early_by_fifth": [float((exits < len(rules))[fifth == q].mean()) for q in range(5)],
+        "disagreement_by_fifth": [float((labels != test.final)[fifth == q].mean()) for q in range(5)],
         "agreement": [float(agreement[i]) if ok else None for i, ok in zip(best, reached, strict=True)],
         "accuracy": [accuracy[i] if ok else None for i, ok in zip(best, reached, strict=True)],
         "accuracy_whole": score(test.final),
@@ -271,28 +306,38 @@ def measure(
     }
 
 
-def costs_of(tapped: TappedEncoder, rules: list[ExitRule], final: Final) -> np.ndarray:
-    from ssl_exit.cascade import exit_costs
+def fifths(final: Final, features: Tensor) -> np.ndarray:
+    """In which fifth of the images, by the margin of the whole encoder's answer, each one is: (N,) from 0 to 4."""
+    best = final.soft(features).topk(2, dim=1).values
+    margin = (best[:, 0] - best[:, 1]).numpy()
+    return np.searchsorted(np.quantile(margin, [0.2, 0.4, 0.6, 0.8]), margin)
 
-    return exit_costs(tapped, rules, final)
+
+def unsteadiness(images: Images, parts: Split) -> list[float]:
+    """How often the whole encoder's label of a held-out image changes when it is mirrored, by fifths of the margin."""
+    changed = (parts.whole["train"] != parts.whole["mirrored"])[parts.held].numpy()
+    fifth = fifths(parts.final, images.features["train"][parts.held])
+    return [float(changed[fifth == q].mean()) for q in range(5)]
 
 
 def one_seed(images: Images, parts: Split, setting: str, unpooled: dict[str, Tensor]) -> dict[str, dict]:
     """All rows for one seed."""
-    began = time.perf_counter()
-    stored = {("pyramid", False): collected(images, parts, "pyramid", False)}
-    statistics_seconds = time.perf_counter() - began
+    stored: dict[tuple[str, bool], tuple[Collected, float]] = {}
     fitted: dict[tuple, tuple] = {}
     found: dict[str, dict] = {}
     centroid_seconds = 0.0
     everyone = torch.arange(len(images.features["test"]))
-    for row in ROWS:
+    for row in [row for row in ROWS if setting in row.settings]:
         tapped = images.tapped if row.pooled == "pyramid" else images.average
         key = (row.rule, str(row.options), row.pooled, row.budget, row.mirror)
         if key not in fitted:
             if (row.pooled, row.mirror) not in stored:
-                stored[row.pooled, row.mirror] = collected(images, parts, row.pooled, row.mirror)
-            source = stored[row.pooled, row.mirror]
+                began = time.perf_counter()
+                stored[row.pooled, row.mirror] = (
+                    collected(images, parts, row.pooled, row.mirror),
+                    time.perf_counter() - began,
+                )
+            source, statistics_seconds = stored[row.pooled, row.mirror]
             options = dict(row.options)
             if row.budget is not None:
                 options["seconds"] = row.budget * centroid_seconds
@@ -322,7 +367,7 @@ def one_seed(images: Images, parts: Split, setting: str, unpooled: dict[str, Ten
                 seconds,
             )
         rules, on_held, on_test, seconds = fitted[key]
-        costs = costs_of(tapped, rules, parts.final)
+        costs = exit_costs(tapped, rules, parts.final)
         found[row.label] = measure(
             images, parts, setting, rules, on_held, on_test, costs, row.thresholds, row.across
         ) | {"fit_seconds": seconds}
@@ -398,6 +443,10 @@ def summary(per_seed: list[dict[str, dict]]) -> list[dict]:
                 "fit_seconds": spread([one["fit_seconds"] for one in each]),
                 "agreement": [spread(list(values)) for values in zip(*(one["agreement"] for one in each), strict=True)],
                 "accuracy": [spread(list(values)) for values in zip(*(one["accuracy"] for one in each), strict=True)],
+                **{
+                    key: np.mean([one[key] for one in each], axis=0).tolist()
+                    for key in ("cost_if_exits_were_free", "cost_of_oracle", "early_by_fifth", "disagreement_by_fifth")
+                },
                 "agreement_of_exits": np.mean([one["agreement_of_exits"] for one in each], axis=0).tolist(),
                 "costs_of_exits": np.mean([one["costs_of_exits"] for one in each], axis=0).tolist(),
             }
@@ -425,14 +474,35 @@ def table(rows: list[dict]) -> str:
     )
 
 
+def limits(figures: dict) -> str:
+    """What stands between a rule and a lower cost."""
+    head = ("at 98% agreement", "cost", "exits free", "oracle", "early, by fifths of margin", "disagree, by fifths")
+    rows = [
+        (
+            row["rule"],
+            f"{row['at']['0.98']['cost']['mean']:.3f}",
+            f"{row['cost_if_exits_were_free']:.3f}",
+            f"{row['cost_of_oracle']:.3f}",
+            " ".join(f"{v:4.0%}" for v in row["early_by_fifth"]),
+            " ".join(f"{v:5.1%}" for v in row["disagreement_by_fifth"]),
+        )
+        for row in figures["rows"]
+        if row["rule"] in SHOWN
+    ]
+    changes = " ".join(f"{v:.1%}" for v in figures["label_changes_when_mirrored_by_fifth"])
+    return (
+        f"{text_table(head, rows)}\nthe whole encoder's label changes when an image is mirrored, by fifths: {changes}"
+    )
+
+
 SHOWN = (
     "centroid (default)",
-    "MLP x10, mirrored too",
+    "MLP, 20 passes, mirrored too",
+    "MLP x10",
     "SDN x10",
     "BranchyNet x10",
     "EENet x10",
     "E2CM",
-    "1,000 prototypes",
 )
 
 
@@ -467,7 +537,9 @@ def main() -> None:
     parser.add_argument("--settings", nargs="+", default=list(SETTINGS), choices=list(SETTINGS))
     args = parser.parse_args()
     warnings.simplefilter("ignore")
-    figures: dict[str, list[dict]] = {}
+    earlier = RESULTS / "rules.json"
+    figures: dict = json.loads(earlier.read_text())["figures"] if earlier.is_file() else {}
+    figures = {setting: figures[setting] for setting in SETTINGS if setting in figures and setting not in args.settings}
     for setting in args.settings:
         images = see(setting)
         splits = [split(images, setting, seed) for seed in range(args.seeds)]
@@ -475,10 +547,12 @@ def main() -> None:
         per_seed = []
         for parts in splits:
             per_seed.append(one_seed(images, parts, setting, unpooled))
-            figures[setting] = summary(per_seed)
-            print(f"\n{setting}, seeds 0 to {parts.seed}\n\n{table(figures[setting])}", flush=True)
-            report("rules", {"grid": GRID.tolist(), **figures})
-            draw(figures)
+            changes = np.mean([unsteadiness(images, done) for done in splits[: len(per_seed)]], axis=0).tolist()
+            figures[setting] = {"rows": summary(per_seed), "label_changes_when_mirrored_by_fifth": changes}
+            print(f"\n{setting}, seeds 0 to {parts.seed}\n\n{table(figures[setting]['rows'])}\n")
+            print(limits(figures[setting]), flush=True)
+            report("rules", figures)
+            draw({name: found["rows"] for name, found in figures.items()})
 
 
 if __name__ == "__main__":

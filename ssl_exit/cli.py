@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from jsonargparse import auto_cli
 
-from ssl_exit.clusterer import ExitClusterer, load
+from ssl_exit.clusterer import ExitClusterer
 from ssl_exit.data.images import FolderImages
 from ssl_exit.data.preprocessing import Preprocessing
 from ssl_exit.encoders import graph
 from ssl_exit.encoders.build import EncoderSpec
 from ssl_exit.errors import InputError
+from ssl_exit.loading import load
 from ssl_exit.report.tables import exit_points_table, exit_table, explanation_table, summary, text_table
 from ssl_exit.storage import check_model_folder, whole_file, write_labels
 
@@ -49,6 +50,7 @@ def fit(
     cost: str = "macs",
     patience: int = 1,
     ensemble: bool = False,
+    mirror: bool = False,
     max_disagreement: float = 0.02,
     confidence: float = 0.95,
     size: int = 224,
@@ -82,6 +84,7 @@ def fit(
         cost: what thresholds and exits save: macs, or time as measured here.
         patience: leave only where so many consecutive exits agree; 1 = off.
         ensemble: answer with the geometric mean of all exits so far.
+        mirror: fit rules on mirrored images too; a second pass.
         max_disagreement: share of images whose label may differ from the whole encoder's.
         confidence: with which that must hold.
         size: height and width in pixels of what the encoder sees.
@@ -112,6 +115,7 @@ def fit(
         cost=cost,
         patience=patience,
         ensemble=ensemble,
+        mirror=mirror,
         max_disagreement=max_disagreement,
         confidence=confidence,
         batch_size=batch_size,

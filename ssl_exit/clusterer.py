@@ -2,7 +2,7 @@
 
 import copy
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,8 @@ from sklearn.utils.validation import check_is_fitted
 from torch import nn
 from tqdm.auto import tqdm
 
-from ssl_exit.cascade import Cascade, ExitResult
-from ssl_exit.data.images import Batch, ImageData, ImageSource, open_images
+from ssl_exit.cascade import ExitResult
+from ssl_exit.data.images import Batch, ImageData, ImageSource, mirrored, open_images
 from ssl_exit.data.preprocessing import Preprocessing
 from ssl_exit.encoders.build import EncoderSpec
 from ssl_exit.encoders.graph import ExitPoint, as_module
@@ -25,16 +25,17 @@ from ssl_exit.encoders.tapped import TappedEncoder
 from ssl_exit.errors import InputError
 from ssl_exit.exits.across import AcrossExits
 from ssl_exit.exits.cbt import cbt_path
-from ssl_exit.exits.certificate import Certificate, certify
-from ssl_exit.exits.final import FinalClasses, FinalClusters
-from ssl_exit.exits.registry import build_rules, check_rule
+from ssl_exit.exits.certificate import certify
+from ssl_exit.exits.final import FinalClusters
+from ssl_exit.exits.registry import build_rules, rule_classes
 from ssl_exit.exits.thresholds import threshold_path, trade_off
 from ssl_exit.fitting import collect, first_images
 from ssl_exit.measure.evaluation import Evaluation, evaluate
 from ssl_exit.measure.explanation import Explanation, explain
 from ssl_exit.measure.timing import stage_seconds
+from ssl_exit.parameters import check_parameters, checked_classes, usable_device
 from ssl_exit.placement import ExitChoice, choose
-from ssl_exit.storage import WEIGHTS, read_model, write_model
+from ssl_exit.storage import write_model
 
 LOGITS_BYTES = 1 << 28  # for the logits of the images that shape the threshold path
 SHAPING = 1 / 4  # share of the held-out images that shape the threshold path; the others certify
@@ -52,7 +53,8 @@ class ExitClusterer(BaseEstimator):
             stages, for networks torch.fx cannot trace; or an EncoderSpec, which load() can build again.
         n_clusters: K, the number of final clusters.
         exits: names of exit points ("layer2" means its last node), or "auto": of at most eight, spread evenly
-            over the cost, those that pay for themselves on held-out images (see `exit_choices_`).
+            over the cost, those that pay for themselves on held-out images (see `exit_choices_`). All stay where
+            nothing is held out, and with patience or ensembling, where exits depend on each other.
         rule: how an exit decides (docs/rules.md): "centroid", "kmeans", "prototypes", "euclidean", "e2cm",
             "e2cm_released", "mahalanobis", "sdn", "branchynet", "eenet", "mlp", or two joined as "centroid+sdn".
         max_disagreement: share of images, in (0, 1), whose label may differ from the whole encoder's.
@@ -68,6 +70,8 @@ class ExitClusterer(BaseEstimator):
         ensemble: let an exit answer with the geometric mean of all exits' probabilities so far.
         supervised: the encoder gives one logit a class (n_clusters of them), and exits learn the classes given as
             `y` to fit(), or the encoder's own answers without them.
+        mirror: fit rules on left-right mirrored images too (k-means and the held-out images stay as they are); takes
+            a second pass.
         descriptor: "auto", "average", "pyramid", "tokens" or "flatten" (see `TappedEncoder.build`).
         accumulate: whether an exit also sees the descriptors of earlier exits.
         normalize: divide descriptors by their L2 norm.
@@ -86,16 +90,16 @@ class ExitClusterer(BaseEstimator):
         threshold_path_: settings that calibrate() considered, (S, E, K), and path_disagreement_: what share of the
             certifying images each of them gives another label, (S,). Both are saved thinned.
         skipped_: position and reason of images that fit() could not use.
-        n_fit_: images behind the statistics; n_sample_: of those, images that k-means saw.
+        n_fit_: images behind the statistics, mirrored ones counted too; n_sample_: of those, images that k-means saw.
         stage_seconds_, exit_seconds_: measured seconds an image of each stage and of each exit, (E + 1,) each.
         encoder_: the copy of the encoder that is run; spec_: its EncoderSpec, if it was given as one.
 
     Notes:
-        fit() passes once over the images, after timing stages on one batch. It holds in memory, beside one
-        batch and whatever the data hold themselves: the descriptors and final features of a random sample
-        (10,000 images, or 256 a cluster if that is more, up to 512 MB of descriptors), on which k-means runs;
-        one D x D scatter of the accumulated descriptor; logits of the held-out images that shape thresholds
-        (up to 256 MB), and labels and scores of the others.
+        fit() passes once over the images (twice with `mirror`), after timing stages on one batch. It holds in memory,
+        beside one batch and whatever the data hold themselves: the descriptors and final features of a random sample
+        (10,000 images, or 256 a cluster if that is more; 50,000 for trained heads, with their soft assignments; up to
+        512 MB of descriptors), on whose first part k-means runs; one D x D scatter of the accumulated descriptor;
+        logits of the held-out images that shape thresholds (up to 256 MB), and labels and scores of the others.
 
     Examples:
         >>> import torch
@@ -127,6 +131,7 @@ class ExitClusterer(BaseEstimator):
         patience: int = 1,
         ensemble: bool = False,
         supervised: bool = False,
+        mirror: bool = False,
         descriptor: str = "auto",
         accumulate: bool = True,
         normalize: bool = False,
@@ -151,6 +156,7 @@ class ExitClusterer(BaseEstimator):
         self.patience = patience
         self.ensemble = ensemble
         self.supervised = supervised
+        self.mirror = mirror
         self.descriptor = descriptor
         self.accumulate = accumulate
         self.normalize = normalize
@@ -170,9 +176,9 @@ class ExitClusterer(BaseEstimator):
         Raises:
             InputError: parameters, images or an encoder that cannot be used; nothing fitted before is lost.
         """
-        self._check_parameters()
+        check_parameters(self.get_params(deep=False))
         source = self._open(data)
-        classes = self._classes(y, len(source)) if self.supervised and y is not None else None
+        classes = checked_classes(y, len(source), self.n_clusters) if self.supervised and y is not None else None
         order = np.random.default_rng(self.random_state).permutation(len(source))
         held = order[: round(self.holdout * len(source))]
         draft = copy.copy(self)  # takes effect when all is done, so that an interrupt loses nothing
@@ -199,7 +205,7 @@ class ExitClusterer(BaseEstimator):
         draft = copy.copy(self)
         draft.max_disagreement = self.max_disagreement if max_disagreement is None else max_disagreement
         draft.confidence = self.confidence if confidence is None else confidence
-        draft._check_parameters()
+        check_parameters(draft.get_params(deep=False))
         source = self._open(data)
         skipped = draft._calibrate(source, np.random.default_rng(self.random_state).permutation(len(source)))
         self.__dict__.update(draft.__dict__)
@@ -278,7 +284,7 @@ class ExitClusterer(BaseEstimator):
         return explain(self.exit_names_[:-1], recorded, thresholds, path, disagreement, self.certificate_)
 
     def trade_off(self, data: ImageData) -> tuple[np.ndarray, np.ndarray]:
-        """Cost and agreement on these images of every setting on `threshold_path_`, (S,) and (S,)."""
+        """Cost (multiply-adds) and agreement of every setting on `threshold_path_` on these images, (S,) and (S,)."""
         self._check_fitted()
         source = self._open(data)
         recorded, _ = self.cascade_.record(self._batches(source, np.arange(len(source)), "record"), len(source))
@@ -348,14 +354,18 @@ class ExitClusterer(BaseEstimator):
         self.image_shape_ = tuple(example.shape[1:])
         tapped = self._tapped(self.exits, example, self.descriptor, self.accumulate)
         rules = build_rules(self.rule, tapped.seen, self.n_clusters, self.rule_options)
+        passes: list[Iterable[Batch]] = [self._batches(source, order, "fit")]
+        if self.mirror:
+            passes.append(mirrored(self._batches(source, order, "fit, mirrored")))
         collected = collect(
             tapped,
-            self._batches(source, order, "fit"),
+            passes,
             len(order),
             n_clusters=self.n_clusters,
             spherical=self.spherical,
             seed=self.random_state,
             scatter=any(rule.needs_scatter for rule in rules),
+            soft=any(rule.needs_soft for rule in rules),
             sample_images=max(rule.sample_images for rule in rules),
             supervised=self.supervised,
             classes=classes,
@@ -381,13 +391,19 @@ class ExitClusterer(BaseEstimator):
     def _tapped(
         self, exits: str | Sequence[str], example: torch.Tensor, descriptor: str | Sequence[str], accumulate: bool
     ) -> TappedEncoder:
+        self.encoder_.cpu()  # stages of an earlier cut share its parameters and may have moved them
         tapped = TappedEncoder.build(
             self.encoder_, exits, example, descriptor=descriptor, accumulate=accumulate, normalize=self.normalize
         )
-        return tapped.eval().to(self._device())
+        return tapped.eval().to(usable_device(self.device))
 
     def _choose(self, source: ImageSource, shaping: np.ndarray) -> list[ExitChoice]:
-        """Which of the exits in place pay for themselves on held-out images."""
+        """Which of the exits in place pay for themselves on held-out images.
+
+        None are judged where exits depend on each other (patience, ensembling): without one, others say otherwise.
+        """
+        if self.patience > 1 or self.ensemble:
+            return []
         cascade = self.cascade_.with_own_rules()
         logits, final, _ = cascade.logits(self._batches(source, shaping, "place exits"), len(shaping))
         recorded, _ = cascade.fit_temperatures(logits, final)
@@ -407,7 +423,8 @@ class ExitClusterer(BaseEstimator):
 
     def _split(self, held: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Held-out images that shape thresholds, and those that certify."""
-        room = LOGITS_BYTES // (4 * MOST_EXITS * (self.n_clusters + 1))
+        exits = MOST_EXITS if self.exits == "auto" else len(self.exits)
+        room = LOGITS_BYTES // (4 * max(1, exits) * len(rule_classes(self.rule)) * (self.n_clusters + 1))
         shaping, certifying = np.split(held, [min(round(SHAPING * len(held)), room)])
         return shaping, certifying
 
@@ -430,20 +447,12 @@ class ExitClusterer(BaseEstimator):
         thresholds, certificate = certify(path, proof, self.max_disagreement, self.confidence)
         cascade.thresholds.copy_(torch.from_numpy(thresholds))
         self.cascade_, self.certificate_, self.threshold_path_ = cascade, certificate, path
-        self.path_disagreement_ = 1 - trade_off(path, proof, costs)[1] if len(proof) else np.zeros(len(path))
+        self.path_disagreement_ = np.full(len(path), np.nan)
+        if len(proof):
+            self.path_disagreement_ = 1 - trade_off(path, proof, costs)[1]
         if len(held) and certificate.settings == 0:
             warnings.warn(str(certificate), stacklevel=3)
         return skipped | more
-
-    def _classes(self, y: np.ndarray, n: int) -> np.ndarray:
-        classes = np.asarray(y)
-        whole = classes.shape == (n,) and np.issubdtype(classes.dtype, np.integer)
-        if not whole or classes.min() < 0 or classes.max() >= self.n_clusters:
-            raise InputError(
-                f"y must hold one class from 0 to {self.n_clusters - 1} for each of the {n} images; got shape "
-                f"{classes.shape} of {classes.dtype}"
-            )
-        return classes.astype(np.int64)
 
     def _open(self, data: ImageData) -> ImageSource:
         return open_images(data, self.preprocessing, self.num_workers)
@@ -465,92 +474,6 @@ class ExitClusterer(BaseEstimator):
             check_is_fitted(self, "cascade_")
         except NotFittedError:
             raise NotFittedError("this ExitClusterer is not fitted yet; call fit(data) first") from None
-
-    def _check_parameters(self) -> None:
-        check_rule(self.rule, self.rule_options)
-        AcrossExits(self.patience, self.ensemble)
-        for name, legal in (("thresholds", ("search", "exit", "cbt")), ("cost", ("macs", "time"))):
-            if getattr(self, name) not in legal:
-                raise InputError(f"{name} must be one of {legal}; got {getattr(self, name)!r}")
-        self._device()
-        for name, least in (("n_clusters", 1), ("batch_size", 1), ("random_state", 0), ("num_workers", 0)):
-            value = getattr(self, name)
-            if not isinstance(value, (int, np.integer)) or value < least:
-                raise InputError(f"{name} must be a whole number >= {least}; got {value!r}")
-        for name, zero in (("max_disagreement", False), ("confidence", False), ("holdout", True)):
-            value = getattr(self, name)
-            if not isinstance(value, (int, float, np.number)) or not (0 < value < 1 or (zero and value == 0)):
-                raise InputError(f"{name} must lie between 0 and 1; got {value!r}")
-
-    def _device(self) -> torch.device:
-        if self.device == "auto":
-            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        try:
-            device = torch.device(self.device)
-            torch.empty(0, device=device)
-        except (RuntimeError, AssertionError) as error:
-            raise InputError(f"device {self.device!r} cannot be used: {str(error).splitlines()[0]}") from error
-        return device
-
-
-def load(
-    folder: str | Path, encoder: nn.Module | Sequence[nn.Module] | None = None, device: str = "auto"
-) -> ExitClusterer:
-    """Read a model that `ExitClusterer.save` wrote.
-
-    Args:
-        folder: the model.
-        encoder: a module of the same architecture, for models whose encoder was given as a module; it is
-            copied, and filled with the saved weights. Models saved with an EncoderSpec build their own; for
-            "module:function" that imports the module from the Python path.
-        device: where to run: "auto" or what torch.device takes.
-
-    Raises:
-        InputError: the folder is no model, truncated, changed since it was written, of a newer format, or
-            needs an encoder.
-    """
-    folder = Path(folder)
-    about, weights, exits = read_model(folder)
-    spec = about["encoder"]["spec"]
-    if encoder is None and spec is None:
-        raise InputError(
-            f"model {str(folder)!r} was fitted with a {about['encoder']['class']} given as a module: "
-            "load(folder, encoder=that module)"
-        )
-    filled = copy.deepcopy(EncoderSpec(spec).build() if encoder is None else as_module(encoder)).cpu().eval()
-    try:
-        filled.load_state_dict(weights)
-    except RuntimeError as error:
-        raise InputError(f"the encoder given does not fit model {str(folder)!r}: {error}") from error
-    c = ExitClusterer(
-        filled if spec is None else EncoderSpec(spec, str(folder / WEIGHTS)),
-        exits=about["exits"],
-        preprocessing=Preprocessing(**about["preprocessing"]) if about["preprocessing"] else None,
-        **about["params"] | {"device": device},
-    )
-    tapped = TappedEncoder.build(
-        filled,
-        about["exits"],
-        torch.zeros(1, *about["image"]),
-        descriptor=about["descriptor"],
-        accumulate=about["accumulate"],
-        normalize=c.normalize,
-    )
-    rules = build_rules(c.rule, tapped.seen, c.n_clusters, c.rule_options)
-    final = FinalClasses(c.n_clusters) if c.supervised else FinalClusters(exits["final.centroids"], c.spherical)
-    c.cascade_ = Cascade(tapped.eval(), rules, final, AcrossExits(c.patience, c.ensemble))
-    c.cascade_.rules.load_state_dict({k[6:]: v for k, v in exits.items() if k.startswith("rules.")})
-    c.cascade_.thresholds.copy_(exits["thresholds"])
-    c.cascade_.to(c._device())
-    c.encoder_, c.spec_ = filled, EncoderSpec(spec) if spec else None
-    c.image_shape_ = tuple(about["image"])
-    c.certificate_ = Certificate(**about["certificate"])
-    c.stage_seconds_, c.exit_seconds_ = exits["stage_seconds"].numpy(), exits["exit_seconds"].numpy()
-    c.skipped_ = {int(position): reason for position, reason in about["skipped"].items()}
-    c.exit_choices_ = [ExitChoice(**choice) for choice in about["exit_choices"]]
-    c.threshold_path_, c.path_disagreement_ = exits["path"].numpy(), exits["path_disagreement"].numpy()
-    c.n_fit_, c.n_sample_ = about["n_fit"], about["n_sample"]
-    return c
 
 
 def _warn_of(skipped: dict[int, str], source: ImageSource) -> None:

@@ -36,7 +36,7 @@ class Collected:
         statistics: of all images; one for all exits where descriptors accumulate, otherwise one an exit.
         descriptors: of the sample, those of all exits side by side, (m, dim).
         labels: what exits learn of the sample, (m,) int64.
-        soft: the whole encoder's soft assignment of the sample, (m, K).
+        soft: the whole encoder's soft assignment of the sample, (m, K), or (m, 0) if no rule needs it.
         skipped: position and reason of images that could not be used.
         n_clustered: images that k-means saw.
     """
@@ -88,13 +88,14 @@ def first_images(source: ImageSource, order: np.ndarray, batch_size: int) -> Ten
 
 def collect(
     tapped: TappedEncoder,
-    batches: Iterable[Batch],
+    passes: Sequence[Iterable[Batch]],
     n: int,
     *,
     n_clusters: int,
     spherical: bool,
     seed: int,
     scatter: bool = True,
+    soft: bool = True,
     sample_images: int = SAMPLE,
     supervised: bool = False,
     classes: np.ndarray | None = None,
@@ -103,13 +104,14 @@ def collect(
 
     Args:
         tapped: the encoder, on the device to use.
-        batches: images in random order.
-        n: how many there are at most.
+        passes: images in random order; further passes are other views of them, which k-means does not see.
+        n: how many images a pass has at most.
         n_clusters: K.
         spherical: compare final features by direction.
         seed: of k-means.
         scatter: whether a rule needs the scatter of the descriptors.
-        sample_images: how many images the sample should have; it has as many as k-means sees at least.
+        soft: whether a rule needs the soft assignments of the sample.
+        sample_images: how many images of each pass the sample should have; as many as k-means sees at least.
         supervised: final features are one logit a class, and there is nothing to cluster.
         classes: in the supervised mode, the class of the image at every position, which exits learn; without it
             they learn the whole encoder's answers.
@@ -118,10 +120,11 @@ def collect(
         InputError: fewer usable images than clusters, or, in the supervised mode, another number of logits.
     """
     clustered = max(SAMPLE, 256 * n_clusters)
-    sample = _Sample(tapped.dim, n, max(clustered, sample_images), n_clusters)
+    sample = _Sample(tapped.dim, n, len(passes), max(clustered, sample_images), n_clusters)
     parts = [slice(None)] if tapped.accumulate else tapped.columns
     statistics: list[ClusterStatistics] = []
     final: Final | None = None
+    n_clustered = 0
 
     def labels_of(final: Final, features: Tensor, positions: Tensor) -> Tensor:
         return final(features) if classes is None else torch.from_numpy(classes)[positions]
@@ -131,9 +134,11 @@ def collect(
             into.add(descriptors[:, part], labels)
 
     def begin() -> Final:
+        nonlocal n_clustered
         if supervised:
             found: Final = FinalClasses.of(sample.features, n_clusters)
         else:
+            n_clustered = min(len(sample.features), clustered)
             found = FinalClusters.fit(sample.features[:clustered], n_clusters, spherical=spherical, seed=seed)
         origin = sample.descriptors.double().mean(0)
         statistics.extend(ClusterStatistics.empty(n_clusters, origin[part], scatter=scatter) for part in parts)
@@ -143,34 +148,42 @@ def collect(
         return found
 
     skipped: dict[int, str] = {}
-    for descriptors, features, positions in _described(tapped, batches, skipped):
-        taken = sample.add(descriptors, features, positions)
-        if final is None and sample.full:
-            final = begin()
-        if final is not None and taken < len(descriptors):
-            count(descriptors[taken:], labels_of(final, features[taken:], positions[taken:]))
-    if sample.filled == 0:
-        raise InputError("no image has finite pixels and features: the encoder or the images are broken")
-    final = final or begin()  # fewer usable images than the sample has room for
+    for batches in passes:
+        sample.open_share()
+        for descriptors, features, positions in _described(tapped, batches, skipped):
+            taken = sample.add(descriptors, features, positions)
+            rest = slice(0 if final else taken, None)  # begin() counts what the sample holds so far
+            if final is None and sample.full:
+                final = begin()
+            if final is not None and len(descriptors[rest]):
+                count(descriptors[rest], labels_of(final, features[rest], positions[rest]))
+        if sample.filled == 0:
+            raise InputError("no image has finite pixels and features: the encoder or the images are broken")
+        final = final or begin()  # fewer usable images than the sample has room for
+    assert final is not None
     labels = labels_of(final, sample.features, sample.positions)
-    n_clustered = 0 if supervised else min(len(labels), clustered)
-    return Collected(final, statistics, sample.descriptors, labels, final.soft(sample.features), skipped, n_clustered)
+    assigned = final.soft(sample.features) if soft else sample.features.new_empty(len(labels), 0)
+    return Collected(final, statistics, sample.descriptors, labels, assigned, skipped, n_clustered)
 
 
 class _Sample:
-    """The first images of a random order, in arrays allocated once."""
+    """The first images of every pass in random order, in arrays allocated once; each pass has an equal share."""
 
-    def __init__(self, dim: int, n: int, wanted: int, least: int) -> None:
-        self.room = min(n, wanted, max(least, SAMPLE_BYTES // (4 * dim)))
-        self.filled = 0
-        self._descriptors = torch.empty(self.room, dim)
-        self._positions = torch.empty(self.room, dtype=torch.int64)
-        self._features = torch.empty(self.room, 0)
+    def __init__(self, dim: int, n: int, passes: int, wanted: int, least: int) -> None:
+        self.share = min(n, wanted, max(least, SAMPLE_BYTES // (4 * dim * passes)))
+        self.filled = self.room = 0
+        self._descriptors = torch.empty(passes * self.share, dim)
+        self._positions = torch.empty(passes * self.share, dtype=torch.int64)
+        self._features = torch.empty(0, 0)
+
+    def open_share(self) -> None:
+        """Make room for the images of another pass."""
+        self.room = self.filled + self.share
 
     def add(self, descriptors: Tensor, features: Tensor, positions: Tensor) -> int:
         """Take in as many rows as there is room for; returns how many."""
         if self.filled == 0:
-            self._features = torch.empty(self.room, features.shape[1])
+            self._features = torch.empty(len(self._descriptors), features.shape[1])
         taken = min(len(descriptors), self.room - self.filled)
         rows = slice(self.filled, self.filled + taken)
         self._descriptors[rows], self._features[rows] = descriptors[:taken], features[:taken]

@@ -25,7 +25,7 @@ from torch import Tensor
 from ssl_exit.cascade import ExitResult
 from ssl_exit.errors import InputError
 
-FORMAT = 1
+FORMAT = 2
 WEIGHTS, EXITS, ABOUT = "encoder.safetensors", "exits.safetensors", "model.json"
 
 
@@ -85,10 +85,11 @@ def _read_about(folder: Path) -> dict[str, Any]:
         ) from error
     if not isinstance(about, dict) or not isinstance(about.get("format"), int):
         raise InputError(f"{str(folder)!r} is no model of ssl_exit: model.json names no format")
-    if about["format"] > FORMAT:
+    if about["format"] != FORMAT:
+        remedy = "upgrade ssl_exit" if about["format"] > FORMAT else "fit it again"
         raise InputError(
             f"model {str(folder)!r} has format {about['format']}, written by ssl_exit {about.get('version')}; this "
-            f"version reads up to {FORMAT}: upgrade ssl_exit"
+            f"version reads format {FORMAT}: {remedy}"
         )
     if about.pop("checksum", None) != _checksum(about):
         raise InputError(f"model {str(folder)!r}: model.json was changed since it was saved; save the model again")

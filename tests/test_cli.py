@@ -49,6 +49,31 @@ def test_fit_predict_evaluate(model, image_folder, tmp_path, capsys):
     assert 0 <= found["acc"] <= 1
 
 
+def test_evaluate_explains(model, image_folder, tmp_path, capsys):
+    report = tmp_path / "report.json"
+    main(["evaluate", "--model", str(model), "--data", str(image_folder), "--explain", "true", "--out", str(report)])
+    printed = capsys.readouterr().out
+    assert "scores 0 to 1" in printed
+    assert "images exit early" in printed
+    found = json.loads(report.read_text())["explanation"]
+    assert found["n"] == 60
+    assert sum(found["exits"][0]["histogram"]) == found["exits"][0]["reached"] == 60
+
+
+def test_rules_and_their_options_by_name(image_folder, tmp_path, capsys):
+    out = tmp_path / "mlp"
+    main([*FIT, "--data", str(image_folder), "--out", str(out), "--rule", "mlp", "--rule-options.hidden", "4",
+          "--rule-options.epochs", "1", "--thresholds", "exit", "--mirror", "true"])  # fmt: skip
+    params = json.loads((out / "model.json").read_text())["params"]
+    assert params["rule_options"] == {"hidden": 4, "epochs": 1}
+    assert (params["thresholds"], params["mirror"]) == ("exit", True)
+    assert "kept, saves" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stop:
+        main([*FIT, "--data", str(image_folder), "--out", str(out), "--rule", "sdn", "--rule-options.depth", "4"])
+    assert stop.value.code == 2
+    assert "has no option 'depth'" in capsys.readouterr().err
+
+
 def test_list_exits(capsys):
     main(["list-exits", "--encoder", "resnet20_cifar", "--size", "32"])
     lines = capsys.readouterr().out.splitlines()

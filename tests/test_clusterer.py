@@ -13,6 +13,7 @@ from torch import nn
 from ssl_exit import ExitClusterer, Preprocessing
 from ssl_exit.errors import InputError
 from ssl_exit.exits.rules import RULES
+from ssl_exit.exits.thresholds import simulate
 from tests.conftest import untrained
 
 CIFAR = Preprocessing(32, (0.491, 0.482, 0.447), (0.247, 0.243, 0.262))
@@ -186,6 +187,13 @@ def test_manual_stages_give_the_same_clusters(rgb_digits):
         ({"random_state": None}, "random_state must be a whole number"),
         ({"device": "gpu"}, "device 'gpu' cannot be used"),
         ({"rule": "best"}, "rule 'best' does not exist"),
+        ({"rule": "sdn", "rule_options": {"depth": 2}}, "rule 'sdn' has no option 'depth'"),
+        ({"rule": "sdn", "rule_options": {"hidden": -1}}, "hidden=-1"),
+        ({"thresholds": "best"}, "thresholds must be one of"),
+        ({"cost": "money"}, "cost must be one of"),
+        ({"rule": "sdn", "rule_options": {"hidden": "64"}}, "hidden='64'"),
+        ({"rule_options": "hidden"}, "rule_options must map names to values"),
+        ({"patience": 0}, "patience must be a whole number"),
         ({"descriptor": "best"}, "descriptor 'best' does not exist"),
         ({"exits": ["layer7"]}, "names no node of CifarResNet"),
         ({"exits": []}, "no exit point"),
@@ -198,7 +206,7 @@ def test_wrong_parameters_are_refused(encoder, rgb_digits, changes, message):
 
 def test_wrong_images_and_unfitted_use_are_refused(encoder, rgb_digits):
     c = clusterer(encoder)
-    for call in (c.predict, c.predict_full, c.run, c.evaluate, c.calibrate, c.trade_off):
+    for call in (c.predict, c.predict_full, c.run, c.evaluate, c.calibrate, c.trade_off, c.explain):
         with pytest.raises(NotFittedError, match=r"call fit\(data\) first"):
             call(rgb_digits[:10])
     with pytest.raises(InputError, match="cannot take images of shape"):
@@ -221,3 +229,153 @@ def test_scikit_learn_knows_its_parameters(encoder):
 def test_fit_predict(encoder, rgb_digits):
     c = clusterer(encoder)
     np.testing.assert_array_equal(c.fit_predict(rgb_digits[:200]), c.predict(rgb_digits[:200]))
+
+
+@pytest.fixture(scope="module")
+def classifier(encoder):
+    """An encoder that answers with one logit a class."""
+    torch.manual_seed(0)
+    return nn.Sequential(encoder, nn.BatchNorm1d(64, affine=False, momentum=None), nn.Linear(64, 5)).eval()
+
+
+def test_supervised_exits_agree_with_the_classifier(classifier, rgb_digits):
+    c = clusterer(classifier, supervised=True, max_disagreement=0.3).fit(rgb_digits[:800])
+    with torch.no_grad():
+        answers = classifier(rgb_digits[800:]).argmax(1).numpy()
+    np.testing.assert_array_equal(c.predict_full(rgb_digits[800:]), answers)
+    result = c.run(rgb_digits[800:])
+    assert (result.exits < len(c.exit_points_)).any()
+    assert (result.labels == answers).mean() > 0.6
+    found = c.evaluate(rgb_digits[800:], answers)
+    assert found.metrics["acc_full"] == 1
+    assert found.metrics["acc"] == found.agreement  # plain accuracy, nothing is matched
+    assert c.n_sample_ == 0
+    with pytest.raises(AttributeError, match="there are classes, and no centroids"):
+        _ = c.cluster_centers_
+
+
+def test_supervised_exits_learn_the_classes_that_are_given(classifier, rgb_digits):
+    with torch.no_grad():
+        answers = classifier(rgb_digits).argmax(1).numpy()
+    other = (answers + 1) % 5  # classes by other names
+    exits = {"exits": ["layer1", "layer2", "layer3.0"], "supervised": True, "confidence": 0.5}
+    traced = [f"0.{name}" for name in exits["exits"]]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # nothing can exit
+        c = clusterer(classifier, **exits | {"exits": traced}).fit(rgb_digits[:800], other[:800])
+    recorded, _ = c.cascade_.record(c._batches(c._open(rgb_digits[800:]), np.arange(200), "test"), 200)
+    assert (recorded.labels[:, -1] == other[800:]).mean() > (recorded.labels[:, -1] == answers[800:]).mean() + 0.3
+
+
+@pytest.mark.parametrize("y", [np.zeros(9, dtype=int), np.full(100, 5), np.full(100, -1), np.zeros(100)])
+def test_wrong_classes_are_refused(classifier, rgb_digits, y):
+    with pytest.raises(InputError, match="y must hold one class from 0 to 4 for each of the 100 images"):
+        clusterer(classifier, supervised=True).fit(rgb_digits[:100], y)
+
+
+def test_classes_without_logits_are_refused(encoder, rgb_digits):
+    with pytest.raises(InputError, match="it gives 64 numbers and n_clusters is 5"):
+        clusterer(encoder, supervised=True).fit(rgb_digits[:100])
+
+
+def test_labels_given_outside_the_supervised_mode_change_nothing(encoder, rgb_digits):
+    one = clusterer(encoder, exits=["layer1"]).fit(rgb_digits[:200])
+    two = clusterer(encoder, exits=["layer1"]).fit(rgb_digits[:200], np.arange(200))
+    np.testing.assert_array_equal(one.predict(rgb_digits[200:300]), two.predict(rgb_digits[200:300]))
+
+
+def test_patience_and_ensembling_give_the_same_labels_however_images_are_batched(encoder, rgb_digits):
+    exits = ["layer1.0", "layer1", "layer2.0", "layer2", "layer3.0"]
+    c = clusterer(encoder, exits=exits, patience=2, ensemble=True).fit(rgb_digits[:800])
+    unseen = rgb_digits[800:]
+    recorded, _ = c.cascade_.record(c._batches(c._open(unseen), np.arange(200), "test"), 200)
+    labels, taken = simulate(recorded, c.cascade_.thresholds.numpy())
+    assert len(np.unique(taken)) >= 3
+    for batch_size in (1, 7, 64, 500):
+        c.batch_size = batch_size
+        result = c.run(unseen)
+        np.testing.assert_array_equal(result.labels, labels)
+        np.testing.assert_array_equal(result.exits, taken)
+    c.cascade_.thresholds.zero_()  # patience alone
+    assert c.run(unseen).exits.min() == 1  # one exit cannot agree twice
+
+
+def test_exits_that_depend_on_each_other_all_stay(encoder, rgb_digits):
+    for changes in ({"patience": 2}, {"ensemble": True}):
+        c = clusterer(encoder, **changes).fit(rgb_digits[:300])
+        assert c.exit_choices_ == []
+        assert len(c.exit_points_) == 8
+
+
+@pytest.mark.parametrize("thresholds", ["search", "exit", "cbt"])
+def test_nothing_held_out_lets_nothing_exit_and_explain_says_so(encoder, rgb_digits, thresholds):
+    c = clusterer(encoder, exits=["layer2"], thresholds=thresholds, holdout=0).fit(rgb_digits[:200])
+    found = c.explain(rgb_digits[200:260])
+    assert found.leaving == 0
+    assert found.released == {}
+    assert "nothing was held out (holdout=0)" in found.reason
+
+
+def test_whole_maps_as_descriptors(encoder, rgb_digits):
+    c = clusterer(encoder, rule="e2cm_released", descriptor="flatten", thresholds="exit", exits=["layer2", "layer3.0"])
+    c.fit(rgb_digits[:300])
+    rule = c.cascade_.exit_rules[0]
+    assert rule.dim == 32 * 16 * 16
+    assert rule.macs == (5 + 1) * rule.dim
+    assert c.predict(rgb_digits[300:340]).shape == (40,)
+
+
+def test_thresholds_one_an_exit_or_one_a_cluster(encoder, rgb_digits):
+    exits = ["layer1", "layer2", "layer3.0"]
+    one_an_exit = clusterer(encoder, exits=exits, thresholds="exit").fit(rgb_digits[:600]).cascade_.thresholds
+    assert (one_an_exit == one_an_exit[:, :1]).all()
+    by_class = clusterer(encoder, exits=exits, thresholds="cbt").fit(rgb_digits[:600]).cascade_.thresholds
+    assert (by_class == by_class[:1]).all()
+
+
+def test_mirrored_images_are_counted_but_not_clustered(encoder, rgb_digits):
+    plain, both = (clusterer(encoder, exits=["layer2"], mirror=m).fit(rgb_digits[:300]) for m in (False, True))
+    assert (plain.n_fit_, both.n_fit_) == (240, 480)
+    assert plain.n_sample_ == both.n_sample_ == 240
+    np.testing.assert_array_equal(plain.cluster_centers_, both.cluster_centers_)
+    assert not torch.allclose(plain.cascade_.exit_rules[0].weight, both.cascade_.exit_rules[0].weight)
+    again = clusterer(encoder, exits=["layer2"], mirror=True).fit(rgb_digits[:300])
+    np.testing.assert_array_equal(both.predict(rgb_digits[300:400]), again.predict(rgb_digits[300:400]))
+
+
+def test_exits_that_do_not_pay_are_left_out_and_the_reason_is_kept(encoder, rgb_digits):
+    c = clusterer(encoder, max_disagreement=0.1).fit(rgb_digits[:800])
+    kept = [choice.name for choice in c.exit_choices_ if choice.kept]
+    assert kept == c.exit_names_[:-1]
+    assert 0 < len(kept) < len(c.exit_choices_)
+    assert all("left out, would save" in str(choice) for choice in c.exit_choices_ if not choice.kept)
+    named = clusterer(encoder, max_disagreement=0.1, exits=kept).fit(rgb_digits[:800])
+    assert named.exit_choices_ == []
+    np.testing.assert_array_equal(named.predict(rgb_digits[800:]), c.predict(rgb_digits[800:]))
+
+
+def test_time_as_the_cost_that_is_saved(encoder, rgb_digits, monkeypatch):
+    """Where the last stage takes nearly all the time, an exit before it is all that pays."""
+    exits = ["layer1.0", "layer3.0"]
+
+    def seconds(cascade, *_):
+        return np.array([0.05, 0.05, 0.9]), np.array([0.2, 0.0, 0.0])
+
+    monkeypatch.setattr("ssl_exit.clusterer.stage_seconds", seconds)
+    by_time = clusterer(encoder, exits=exits, cost="time").fit(rgb_digits[:800])
+    exits_taken = by_time.run(rgb_digits[800:]).exits
+    assert (exits_taken == 1).mean() > (
+        clusterer(encoder, exits=exits).fit(rgb_digits[:800]).run(rgb_digits[800:]).exits == 1
+    ).mean()
+
+
+def test_explain_says_who_leaves_where(encoder, rgb_digits):
+    c = clusterer(encoder, exits=["layer1", "layer2", "layer3.0"]).fit(rgb_digits[:800])
+    found = c.explain(rgb_digits[800:])
+    result = c.run(rgb_digits[800:])
+    assert [row.left for row in found.exits] == [int((result.exits == e).sum()) for e in range(3)]
+    assert [row.reached for row in found.exits] == [int((result.exits >= e).sum()) for e in range(3)]
+    assert found.leaving == (result.exits < 3).mean()
+    assert found.reason is None
+    with pytest.raises(InputError, match="none of the 2 images can be used"):
+        c.explain(torch.full((2, 3, 32, 32), torch.nan))

@@ -19,7 +19,7 @@ def test_statistics_are_those_of_all_descriptors_at_once(rgb_digits, monkeypatch
     encoder = untrained("resnet20", rgb_digits)
     tapped = TappedEncoder.build(encoder, ["layer1", "layer2"], rgb_digits[:1], descriptor="average").eval()
     batches = open_images(rgb_digits[:400]).batches(np.arange(400), 64)
-    collected = collect(tapped, batches, 400, n_clusters=3, spherical=True, seed=0)
+    collected = collect(tapped, [batches], 400, n_clusters=3, spherical=True, seed=0)
     assert collected.n_fit == 400
     assert collected.n_clustered == 400  # 256 a cluster and more
     with torch.no_grad():
@@ -65,7 +65,7 @@ def test_leaving_exits_out_equals_collecting_without_them(rgb_digits):
 
         def collected(exits, tapped=tapped):
             batches = open_images(rgb_digits[:300]).batches(np.arange(300), 64)
-            return collect(tapped(exits), batches, 300, n_clusters=3, spherical=True, seed=0)
+            return collect(tapped(exits), [batches], 300, n_clusters=3, spherical=True, seed=0)
 
         three = tapped(["layer1", "layer2.0", "layer2"])
         kept = collected(["layer1", "layer2.0", "layer2"]).at(three, [0, 2])

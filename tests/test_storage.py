@@ -55,6 +55,33 @@ def test_a_spec_builds_its_own_encoder(digits, tmp_path):
     np.testing.assert_array_equal(loaded.predict(digits[900:]), c.predict(digits[900:]))
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rule": "mlp", "rule_options": {"epochs": 1, "hidden": 8}},
+        {"rule": "centroid+sdn", "rule_options": {"epochs": 1}, "thresholds": "cbt"},
+        {"rule": "e2cm", "patience": 2, "ensemble": True, "thresholds": "exit"},
+        {"supervised": True, "n_clusters": 128},
+        {"spherical": False, "rule": "eenet", "rule_options": {"epochs": 1}, "accumulate": False},
+    ],
+)
+@pytest.mark.filterwarnings("ignore:no image may exit early")
+def test_every_kind_of_model_comes_back_as_it_was(changes, digits, tmp_path):
+    torch.manual_seed(0)
+    settings = {"max_disagreement": 0.2, "confidence": 0.5, "progress": False, "device": "cpu"} | changes
+    c = ExitClusterer(digits_encoder(), **settings).fit(digits[:900])
+    c.save(tmp_path / "model")
+    loaded = load(tmp_path / "model", encoder=digits_encoder(), device="cpu")
+    one, two = c.run(digits[900:]), loaded.run(digits[900:])
+    for name in ("labels", "exits", "scores", "cost"):
+        np.testing.assert_array_equal(getattr(one, name), getattr(two, name))
+    assert loaded.exit_choices_ == c.exit_choices_
+    assert len(loaded.threshold_path_) == len(loaded.path_disagreement_) <= 100
+    kept, whole = loaded.explain(digits[900:]), c.explain(digits[900:])
+    assert [row.left for row in kept.exits] == [row.left for row in whole.exits]
+    assert kept.released.keys() == whole.released.keys()
+
+
 def test_a_loaded_model_can_be_fitted_again_from_the_saved_weights(digits, tmp_path):
     with seeded(1):
         spec = EncoderSpec("ssl_exit.demo:digits_encoder")
@@ -120,7 +147,8 @@ def damage(model, name, change):
         ("model.json", lambda b: b[:200], "cannot be read"),
         ("model.json", lambda b: b"[]", "names no format"),
         ("model.json", lambda b: b.replace(b'"disagreements": ', b'"disagreements": 1'), "was changed"),
-        ("model.json", lambda b: b.replace(b'"format": 1', b'"format": 99'), "format 99.*upgrade"),
+        ("model.json", lambda b: b.replace(b'"format": 2', b'"format": 99'), "format 99.*upgrade"),
+        ("model.json", lambda b: b.replace(b'"format": 2', b'"format": 1'), "reads format 2: fit it again"),
     ],
 )
 def test_damaged_tampered_and_newer_models_are_refused(model, name, change, message):

@@ -1,8 +1,8 @@
 """One kind of image source for a folder, a tensor, a Dataset or a DataLoader."""
 
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -32,6 +32,12 @@ class Batch:
     indices: Tensor
     images: Tensor
     skipped: dict[int, str] = field(default_factory=dict)
+
+
+def mirrored(batches: Iterable[Batch]) -> Iterator[Batch]:
+    """The same images, left and right exchanged."""
+    for batch in batches:
+        yield replace(batch, images=batch.images.flip(-1))
 
 
 class ImageSource(Protocol):

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,7 +17,8 @@ class AcrossExits:
     Attributes:
         patience: an image may leave where this many consecutive exits, this one included, agree on its label
             (Zhou et al., BERT Loses Patience, arXiv 2006.04152, with the number of layers counted from 1); before
-            that its score is 0. With 1, exits decide alone; with every threshold 0, patience decides alone.
+            that its score is NaN, which passes no threshold. With 1, exits decide alone; with every threshold 0,
+            patience decides alone.
         ensemble: label and score come from the geometric mean of the probabilities of all exits so far,
             log p = mean_i log p_i, renormalised (Wolczyk et al., Zero Time Waste, arXiv 2106.05409, section 3.2,
             with equal weights).
@@ -26,7 +28,7 @@ class AcrossExits:
     ensemble: bool = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.patience, int) or self.patience < 1:
+        if not isinstance(self.patience, (int, np.integer)) or self.patience < 1:
             raise InputError(f"patience must be a whole number >= 1 (1 = off); got {self.patience!r}")
 
     def width(self, n_clusters: int) -> int:
@@ -62,5 +64,5 @@ class AcrossExits:
             same = carried[:, 0] == labels
             carried[:, 1] = torch.where(same, carried[:, 1] + 1, 1)
             carried[:, 0] = labels
-            scores = torch.where(carried[:, 1] >= self.patience, scores, 0 * scores)
+            scores = torch.where(carried[:, 1] >= self.patience, scores, torch.nan)
         return labels, scores, carried

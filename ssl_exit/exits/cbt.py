@@ -47,7 +47,9 @@ def cbt_path(recorded: Recorded, costs: np.ndarray, mean_probabilities: np.ndarr
     mean = mean_probabilities.mean(0)
     e, k = mean_probabilities.shape[:2]
     seen = recorded.scores[np.isfinite(recorded.scores)]
-    lowers = np.unique(np.quantile(seen, np.linspace(0, 1, STEPS)))[::-1] if len(seen) else np.ones(1)
+    if len(seen) == 0:
+        return np.stack([np.full((e, k), NEVER), np.zeros((e, k))]).astype(np.float32)
+    lowers = np.unique(np.quantile(seen, np.linspace(0, 1, STEPS)))[::-1]
     best, least = None, np.inf
     for width in WIDTHS:
         rows = [cbt_thresholds(mean, lower, _further(lower, width)) for lower in lowers]

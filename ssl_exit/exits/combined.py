@@ -24,6 +24,7 @@ class CombinedRule(ExitRule):
         super().__init__(parts[0].dim, parts[0].n_clusters)
         self.parts = nn.ModuleList(parts)
         self.needs_scatter = any(part.needs_scatter for part in parts)
+        self.needs_soft = any(part.needs_soft for part in parts)
         self.sample_images = max(part.sample_images for part in parts)
         self.register_buffer("weights", torch.full((len(parts),), 1 / len(parts)))
 
@@ -59,7 +60,7 @@ class CombinedRule(ExitRule):
         """Temperatures of the parts, then the weights that make held-out labels likeliest."""
         for part, z in zip(self.rules, self._split(logits), strict=True):
             part.fit_temperature(z, labels)
-        log_p = self._of_parts(logits).double().clamp(min=-100)
+        log_p = self._of_parts(logits).double()
 
         def loss(weights: np.ndarray) -> float:
             mixed = torch.einsum("pnk,p->nk", log_p, torch.from_numpy(weights))
@@ -73,6 +74,6 @@ class CombinedRule(ExitRule):
         return logits.split([part.width for part in self.rules], dim=1)
 
     def _of_parts(self, logits: Tensor) -> Tensor:
-        """log p of every part, (parts, N, K)."""
+        """log p of every part, (parts, N, K), at least -100: no part has a veto."""
         each = zip(self.rules, self._split(logits), strict=True)
-        return torch.stack([part.log_probabilities(z) for part, z in each])
+        return torch.stack([part.log_probabilities(z).clamp(min=-100) for part, z in each])

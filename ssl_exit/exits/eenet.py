@@ -20,8 +20,8 @@ class EENetRule(Head):
 
         Y_i = h_i y_i + (1 - h_i) Y_{i+1}        C_i = h_i c_i + (1 - h_i) C_{i+1}
 
-    training minimises sum_i [-log Y_i(label) + tradeoff C_i]; the end is a constant, because the encoder is frozen and
-    its answer is the target. As in the authors' code, a first stage (half of the training) minimises the
+    training minimises sum_i [-log Y_i(label) + tradeoff C_i]; the end is a constant, because the encoder is frozen: 1
+    where its answer is the target. As in the authors' code, a first stage (half of the training) minimises the
     cross-entropies of all exits alone: a softmax branch that is never used would never learn.
 
     Their branches are linear in a pooled map that is trained with them; on a frozen encoder both share a hidden layer,
@@ -57,7 +57,8 @@ class EENetRule(Head):
     def loss(self, outputs: Sequence[Tensor], labels: Tensor, soft: Tensor, costs: Tensor, progress: float) -> Tensor:
         if progress < FIRST_STAGE:
             return super().loss([z[:, : self.n_clusters] for z in outputs], labels, soft, costs, progress)
-        predicted = torch.ones(len(labels))  # probability of the label: the end gives it
+        answered = soft.argmax(1) == labels  # always, unless classes were given
+        predicted = torch.where(answered, 1.0, soft.gather(1, labels[:, None])[:, 0])
         cost = costs[-1].expand(len(labels))
         total = torch.zeros(())
         for z, leaving in zip(reversed(outputs), reversed(costs[:-1]), strict=True):

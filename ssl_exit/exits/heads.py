@@ -28,11 +28,12 @@ class Head(ExitRule):
     Options:
         hidden: units of the hidden layer; 0 for none.
         epochs: passes over the sample; more if that makes fewer than 1,000 steps, unless it is 0.
-        seconds: train all exits together for so long instead.
+        seconds: train all exits together for so long instead (and once more where exits="auto" leaves some out).
         start: "random", or "centroid": W and b start as the centroid rule in closed form, V as 0.
         learning_rate: peak of a one-cycle schedule (AdamW).
     """
 
+    needs_soft = True
     sample_images = 50_000
     weight: Tensor
     bias: Tensor
@@ -52,10 +53,12 @@ class Head(ExitRule):
         super().__init__(dim, n_clusters)
         if start not in STARTS:
             raise InputError(f"start must be one of {STARTS}; got {start!r}")
-        if hidden < 0 or epochs < 0 or (seconds is not None and seconds <= 0) or learning_rate <= 0:
+        whole = isinstance(hidden, int) and isinstance(epochs, int) and hidden >= 0 and epochs >= 0
+        real = all(isinstance(v, (int, float)) and v > 0 for v in (learning_rate, 1 if seconds is None else seconds))
+        if not (whole and real):
             raise InputError(
-                "a head needs hidden >= 0, epochs >= 0, seconds > 0 and learning_rate > 0; got "
-                f"hidden={hidden}, epochs={epochs}, seconds={seconds}, learning_rate={learning_rate}"
+                "a head needs whole numbers hidden >= 0 and epochs >= 0, and seconds > 0 and learning_rate > 0; got "
+                f"hidden={hidden!r}, epochs={epochs!r}, seconds={seconds!r}, learning_rate={learning_rate!r}"
             )
         self.hidden, self.start = hidden, start
         self.epochs, self.seconds, self.learning_rate = epochs, seconds, learning_rate

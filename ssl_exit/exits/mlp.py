@@ -15,7 +15,8 @@ class MLPRule(Head):
     Training minimises sum_i cross-entropy(q, softmax(z_i)), with q the soft assignment of the same image to the
     final clusters, softmax(cosine / 0.1) (self-distillation: Hinton et al., arXiv 1503.02531; Zhang et al., Be
     Your Own Teacher, arXiv 1905.08094). Soft targets say which images lie between clusters, and that is what an exit
-    must know. With a linear part beside the hidden layer and `start="centroid"` it starts as the centroid rule.
+    must know. In the supervised mode, too, it learns the encoder's answers and not the classes. Beside the hidden
+    layer there is a linear part, which `start="centroid"` lets begin as the centroid rule.
     """
 
     name = "mlp"

@@ -29,7 +29,10 @@ def rule_classes(name: str) -> list[type[ExitRule]]:
     names = str(name).split("+")
     for each in names:
         if each not in RULES:
-            raise InputError(f"rule {each!r} does not exist; choose one of {sorted(RULES)}, or two joined as 'a+b'")
+            raise InputError(
+                f"rule {each!r} does not exist; choose one of {sorted(RULES)}, or two joined as 'a+b'; a rule of your "
+                "own is known once the module that defines it is imported"
+            )
     return [RULES[each] for each in names]
 
 

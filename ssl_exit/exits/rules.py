@@ -23,7 +23,7 @@ class Training:
         statistics: of all images of the fit.
         sample: descriptors of a random part of them, (m, D).
         labels: what to predict for that part, (m,) int64: final clusters, or classes in the supervised mode.
-        soft: the whole encoder's soft assignment of that part, (m, K), rows of sum 1.
+        soft: the whole encoder's soft assignment of that part, (m, K), rows of sum 1; (m, 0) if no rule needs it.
         seed: for rules that draw.
     """
 
@@ -47,12 +47,14 @@ class ExitRule(nn.Module, ABC):
 
     Attributes:
         needs_scatter: whether `fit` uses the scatter of the statistics.
+        needs_soft: whether `fit` uses the soft assignments.
         sample_images: how many images `fit` wants in the sample, as far as memory allows.
         calibrated: whether held-out images set the temperature; where not, it is 1.
     """
 
     name: ClassVar[str]
     needs_scatter: bool = False
+    needs_soft: bool = False
     sample_images: int = 10_000
     calibrated: ClassVar[bool] = True
     temperature: Tensor
@@ -126,7 +128,7 @@ def likeliest_temperature(logits: Tensor, labels: Tensor) -> float:
 
     def loss(log_temperature: float) -> float:
         log_p = torch.log_softmax(scaled / np.exp(log_temperature), dim=1)
-        return -float(log_p[rows, labels].mean())
+        return -float(log_p[rows, labels].clamp(min=-100).mean())  # one impossible label must not decide
 
     return float(np.exp(minimize_scalar(loss, bounds=(-7, 7), method="bounded").x))
 

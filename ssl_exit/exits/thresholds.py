@@ -164,7 +164,7 @@ _FAR = 25.0  # log-odds beyond which a score is 0 or 1 and a threshold means alw
 
 
 def _log_odds(thresholds: np.ndarray) -> np.ndarray:
-    inside = np.clip(thresholds, 1e-12, 1 - 1e-12)
+    inside = np.clip(thresholds, 1e-10, 1 - 1e-10)  # a finite threshold, 1 too, stays one
     z = np.log(inside) - np.log1p(-inside)
     return np.where(thresholds > 1, _FAR, np.where(thresholds <= 0, -_FAR, z))
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from ssl_exit.exits.certificate import Certificate, fewest_images
+from ssl_exit.exits.certificate import Certificate, fewest_images, most_disagreements
 from ssl_exit.exits.thresholds import Recorded, simulate
 
 BINS = 10
@@ -45,7 +45,7 @@ class Explanation:
         exits: one entry an exit.
         leaving: share of images that exit early as things stand.
         released: for each lower agreement, the share that would.
-        reason: why nothing, or hardly anything, exits, and what to do; None where images do.
+        reason: why nothing exits, and what to do; None where something does.
     """
 
     n: int
@@ -74,16 +74,16 @@ def explain(
         recorded: what every exit says of n images, without leaving.
         thresholds: in use, (E, K).
         path: settings that were considered, (S, E, K), surest first.
-        path_disagreement: share of held-out images each of them gives another label, (S,).
+        path_disagreement: share of the certifying images each of them gives another label, (S,).
         certificate: what was asked and shown.
     """
     n, e = len(recorded), len(names)
     exits = simulate(recorded, thresholds)[1]
-    lower = [asked for asked in LOWER if asked < 1 - certificate.max_disagreement]
     would = {}
-    for asked in lower:
-        within = np.flatnonzero(path_disagreement <= 1 - asked)
-        would[asked] = simulate(recorded, path[within[-1]])[1] if len(within) else np.full(n, e)
+    for asked in LOWER:
+        if certificate.n and asked < 1 - certificate.max_disagreement:
+            setting = _certified(path_disagreement, certificate, 1 - asked)
+            would[asked] = simulate(recorded, path[setting])[1]
     agrees = recorded.labels == recorded.final[:, None]
     rows = []
     for i, name in enumerate(names):
@@ -107,6 +107,13 @@ def explain(
     leaving = float((exits < e).mean())
     released = {asked: float((leaves < e).mean()) for asked, leaves in would.items()}
     return Explanation(n, rows, leaving, released, _reason(rows, leaving, released, recorded, thresholds, certificate))
+
+
+def _certified(path_disagreement: np.ndarray, certificate: Certificate, max_disagreement: float) -> int:
+    """The setting that would be certified: the last before the first that disagrees too often (see `certify`)."""
+    allowed = most_disagreements(certificate.n, max_disagreement, certificate.confidence)
+    fails = np.flatnonzero(np.round(path_disagreement[1:] * certificate.n) > allowed)
+    return int(fails[0]) if len(fails) else len(path_disagreement) - 1
 
 
 def _reason(
@@ -144,11 +151,17 @@ def _reason(
             f"{finite.min():.3f}. These images are unlike those that set the thresholds, or were prepared differently: "
             "check the preprocessing, or calibrate on images like these"
         )
+    if certificate.settings > 0:
+        return (
+            "no image exits: thresholds were certified, but every one of these images scores below its own. They are "
+            "harder than, or unlike, those that set the thresholds: check the preprocessing, or calibrate on images "
+            "like these"
+        )
     easier = [level for level, share in released.items() if share > 0]
     remedy = (
         f"max_disagreement={1 - easier[0]:.2f} would release {released[easier[0]]:.1%}"
         if easier
-        else ("no agreement down to 80 % would release any")
+        else ("no agreement that was tried would release any")
     )
     return (
         f"no image exits: no setting keeps a disagreement of {asked:.1%} with confidence "

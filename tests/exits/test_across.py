@@ -53,13 +53,16 @@ def test_both_equal_a_loop(patience, ensemble):
             said.append(int(p.argmax()))
             agreed = len(said) >= patience and len(set(said[-patience:])) == 1
             assert labels[n, i] == said[-1]
-            assert scores[n, i].item() == pytest.approx(float(p.max()) if agreed else 0.0, abs=1e-5)
+            expected = float(p.max()) if agreed else float("nan")
+            assert scores[n, i].item() == pytest.approx(expected, abs=1e-5, nan_ok=True)
 
 
 def test_nan_stays_nan():
     rules, logits = exits()
     logits[3, 1] = torch.nan
     _, scores = run(AcrossExits(2, True), rules, logits)
+    assert scores[3, 1:].isnan().all()
+    _, scores = run(AcrossExits(ensemble=True), rules, logits)
     assert scores[3, 1:].isnan().all()
     assert scores[:3].isfinite().all()
 

@@ -5,7 +5,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ssl_exit.exits.thresholds import NEVER, Recorded, _best_cut, simulate, threshold_path, trade_off
+from ssl_exit.exits.thresholds import (
+    NEVER,
+    Recorded,
+    _best_cut,
+    foretold_agreement,
+    simulate,
+    threshold_path,
+    trade_off,
+)
 
 
 def recorded(n, e, k, seed, calibrated=False):
@@ -84,3 +92,35 @@ def test_no_images_no_exits():
     empty = Recorded(np.zeros((0, 2), dtype=np.int64), np.zeros((0, 2), dtype=np.float32), np.zeros(0, dtype=np.int64))
     path = threshold_path(empty, np.array([0.3, 0.6, 1.0]), 4)
     assert (path[0] == NEVER).all()
+
+
+def test_foretold_agreement_rises_with_the_score_and_is_calibrated():
+    data = recorded(5000, 2, 4, 0, calibrated=True)
+    data.scores[:10, 0] = np.nan
+    squeezed = Recorded(data.labels, data.scores * 0.01, data.final)  # any scale
+    for one in (data, squeezed):
+        p = foretold_agreement(one)
+        assert (p[:10, 0] == 0).all()
+        order = np.argsort(one.scores[10:, 0])
+        assert (np.diff(p[10:, 0][order]) >= 0).all()
+        agrees = one.labels[:, 1] == one.final
+        for low, high in ((0.3, 0.6), (0.6, 0.8), (0.8, 1.0)):
+            inside = (p[:, 1] >= low) & (p[:, 1] < high)
+            assert agrees[inside].mean() == pytest.approx(p[inside, 1].mean(), abs=0.05)
+
+
+def test_foretold_agreement_where_nothing_can_be_learnt():
+    final = np.zeros(6, dtype=np.int64)
+    always = Recorded(final[:, None], np.linspace(0.1, 0.9, 6)[:, None], final)
+    np.testing.assert_array_equal(foretold_agreement(always), 1)
+    constant = Recorded(np.array([0, 0, 0, 1, 1, 1])[:, None], np.full((6, 1), 0.5), final)
+    np.testing.assert_allclose(foretold_agreement(constant), 0.5)
+    falling = Recorded(np.array([0, 0, 0, 1, 1, 1])[:, None], np.linspace(0.1, 0.9, 6)[:, None], final)
+    np.testing.assert_allclose(foretold_agreement(falling), 0.5)
+
+
+def test_one_threshold_an_exit():
+    data = recorded(800, 3, 4, 0, calibrated=True)
+    path = threshold_path(data, np.array([0.2, 0.5, 0.8, 1.0]), 4, per_cluster=False, steps=8, between=3)
+    assert (path == path[:, :, :1]).all()
+    assert len(np.unique(path[10])) > 1  # but exits differ

@@ -1,0 +1,85 @@
+"""Reading a saved model back."""
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ssl_exit.cascade import Cascade
+from ssl_exit.clusterer import ExitClusterer
+from ssl_exit.data.preprocessing import Preprocessing
+from ssl_exit.encoders.build import EncoderSpec
+from ssl_exit.encoders.graph import as_module
+from ssl_exit.encoders.tapped import TappedEncoder
+from ssl_exit.errors import InputError
+from ssl_exit.exits.across import AcrossExits
+from ssl_exit.exits.certificate import Certificate
+from ssl_exit.exits.final import Final, FinalClasses, FinalClusters
+from ssl_exit.exits.registry import build_rules
+from ssl_exit.parameters import usable_device
+from ssl_exit.placement import ExitChoice
+from ssl_exit.storage import WEIGHTS, read_model
+
+
+def load(
+    folder: str | Path, encoder: nn.Module | Sequence[nn.Module] | None = None, device: str = "auto"
+) -> ExitClusterer:
+    """Read a model that `ExitClusterer.save` wrote.
+
+    Args:
+        folder: the model.
+        encoder: a module of the same architecture, for models whose encoder was given as a module; it is
+            copied, and filled with the saved weights. Models saved with an EncoderSpec build their own; for
+            "module:function" that imports the module from the Python path.
+        device: where to run: "auto" or what torch.device takes.
+
+    Raises:
+        InputError: the folder is no model, truncated, changed since it was written, of a newer format, or
+            needs an encoder.
+    """
+    folder = Path(folder)
+    about, weights, exits = read_model(folder)
+    spec = about["encoder"]["spec"]
+    if encoder is None and spec is None:
+        raise InputError(
+            f"model {str(folder)!r} was fitted with a {about['encoder']['class']} given as a module: "
+            "load(folder, encoder=that module)"
+        )
+    filled = copy.deepcopy(EncoderSpec(spec).build() if encoder is None else as_module(encoder)).cpu().eval()
+    try:
+        filled.load_state_dict(weights)
+    except RuntimeError as error:
+        raise InputError(f"the encoder given does not fit model {str(folder)!r}: {error}") from error
+    c = ExitClusterer(
+        filled if spec is None else EncoderSpec(spec, str(folder / WEIGHTS)),
+        exits=about["exits"],
+        preprocessing=Preprocessing(**about["preprocessing"]) if about["preprocessing"] else None,
+        **about["params"] | {"device": device},
+    )
+    tapped = TappedEncoder.build(
+        filled,
+        about["exits"],
+        torch.zeros(1, *about["image"]),
+        descriptor=about["descriptor"],
+        accumulate=about["accumulate"],
+        normalize=c.normalize,
+    )
+    rules = build_rules(c.rule, tapped.seen, c.n_clusters, c.rule_options)
+    final: Final = FinalClasses(c.n_clusters)
+    if not c.supervised:
+        final = FinalClusters(exits["final.centroids"], c.spherical)
+    c.cascade_ = Cascade(tapped.eval(), rules, final, AcrossExits(c.patience, c.ensemble))
+    c.cascade_.rules.load_state_dict({k[6:]: v for k, v in exits.items() if k.startswith("rules.")})
+    c.cascade_.thresholds.copy_(exits["thresholds"])
+    c.cascade_.to(usable_device(c.device))
+    c.encoder_, c.spec_ = filled, EncoderSpec(spec) if spec else None
+    c.image_shape_ = tuple(about["image"])
+    c.certificate_ = Certificate(**about["certificate"])
+    c.stage_seconds_, c.exit_seconds_ = exits["stage_seconds"].numpy(), exits["exit_seconds"].numpy()
+    c.skipped_ = {int(position): reason for position, reason in about["skipped"].items()}
+    c.exit_choices_ = [ExitChoice(**choice) for choice in about["exit_choices"]]
+    c.threshold_path_, c.path_disagreement_ = exits["path"].numpy(), exits["path_disagreement"].numpy()
+    c.n_fit_, c.n_sample_ = about["n_fit"], about["n_sample"]
+    return c
