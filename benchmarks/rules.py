@@ -14,8 +14,8 @@ the seed. Figures are on the 10,000 test images: mean and standard deviation ove
 
 Costs are multiply-adds relative to the whole encoder, the exits' own work included. "unpooled" rows take distances on
 the whole map, K C H W multiply-adds an exit. Trained heads get the seconds that the centroid rule took in the same run
-(x1), and ten times that (x10). Thresholds: per exit for E2CM, as in the paper; otherwise per exit and cluster, unless the
-row says "CBT" or "one an exit". A setting run alone (--settings) keeps the others' figures in the file.
+(x1), and ten times that (x10). Thresholds: per exit for E2CM, as in the paper; otherwise per exit and cluster, unless
+the row says "CBT" or "one an exit". A setting run alone (--settings) keeps the others' figures in the file.
 
 For what limits a rule, at 98 % agreement: the cost if exits worked for nothing; the cost of an oracle that leaves at
 the first exit whose label agrees; each exit's agreement; and, by fifths of the margin of the whole encoder's answer

@@ -18,8 +18,8 @@ class ExitChoice:
         cost: of leaving here, with all candidates in place / the whole encoder's.
         own_work: of that, what the exit itself costs.
         agreement: of its label with the whole encoder's, all held-out images.
-        saving: how much dearer the cascade becomes when this exit alone is left out of those kept (or cheaper by, for
-            one left out, negative: when it is put back).
+        saving: how much more the cascade would cost without this exit, for one that is kept; how much less it would
+            cost with it, for one that is left out (negative: more).
         kept: whether it stays.
     """
 
