@@ -526,7 +526,7 @@ def draw(figures: dict[str, list[dict]]) -> None:
                 ax.axhline(0.98, color="0.7", lw=0.8, ls="--")
             else:
                 ax.axhline(rows[0]["accuracy_whole"]["mean"], color="0.7", lw=0.8, ls="--")
-    axes[0, 0].legend(fontsize=8, loc="lower right")
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=1 + len(figures))
     fig.savefig(RESULTS / "rules.png", dpi=110)
     plt.close(fig)
 
