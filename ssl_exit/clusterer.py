@@ -13,22 +13,21 @@ from sklearn.base import BaseEstimator
 from sklearn.exceptions import NotFittedError
 from sklearn.utils.validation import check_is_fitted
 from torch import nn
-from tqdm.auto import tqdm
 
+from ssl_exit.calibration import calibrate, shape, split_held_out, work
 from ssl_exit.cascade import ExitResult
 from ssl_exit.data.images import Batch, ImageData, ImageSource, mirrored, open_images
 from ssl_exit.data.preprocessing import Preprocessing
+from ssl_exit.data.reading import read, warn_of_skipped
 from ssl_exit.encoders.build import EncoderSpec
 from ssl_exit.encoders.graph import ExitPoint, as_module
 from ssl_exit.encoders.stages import MOST_EXITS
 from ssl_exit.encoders.tapped import TappedEncoder
 from ssl_exit.errors import InputError
 from ssl_exit.exits.across import AcrossExits
-from ssl_exit.exits.cbt import cbt_path
-from ssl_exit.exits.certificate import certify
 from ssl_exit.exits.final import FinalClusters
 from ssl_exit.exits.registry import build_rules, rule_classes
-from ssl_exit.exits.thresholds import threshold_path, trade_off
+from ssl_exit.exits.thresholds import trade_off
 from ssl_exit.fitting import collect, first_images
 from ssl_exit.measure.evaluation import Evaluation, evaluate
 from ssl_exit.measure.explanation import Explanation, explain
@@ -36,9 +35,6 @@ from ssl_exit.measure.timing import stage_seconds
 from ssl_exit.parameters import check_parameters, checked_classes, usable_device
 from ssl_exit.placement import ExitChoice, choose
 from ssl_exit.storage import write_model
-
-LOGITS_BYTES = 1 << 28  # for the logits of the images that shape the threshold path
-SHAPING = 1 / 4  # share of the held-out images that shape the threshold path; the others certify
 
 SAVED_SETTINGS = 100  # of the threshold path
 
@@ -185,7 +181,7 @@ class ExitClusterer(BaseEstimator):
         draft._fit(source, order[len(held) :], self._split(held)[0], classes)
         draft.skipped_ |= draft._calibrate(source, held)
         self.__dict__.update(draft.__dict__)
-        _warn_of(self.skipped_, source)
+        warn_of_skipped(self.skipped_, source)
         return self
 
     def calibrate(
@@ -209,7 +205,7 @@ class ExitClusterer(BaseEstimator):
         source = self._open(data)
         skipped = draft._calibrate(source, np.random.default_rng(self.random_state).permutation(len(source)))
         self.__dict__.update(draft.__dict__)
-        _warn_of(skipped, source)
+        warn_of_skipped(skipped, source)
         return self
 
     def predict(self, data: ImageData) -> np.ndarray:
@@ -226,7 +222,7 @@ class ExitClusterer(BaseEstimator):
         source = self._open(data)
         batches = self._batches(source, np.arange(len(source)), "cluster")
         result = self.cascade_.run(batches, len(source), self.batch_size)
-        _warn_of(result.skipped, source)
+        warn_of_skipped(result.skipped, source)
         return result
 
     def predict_full(self, data: ImageData) -> np.ndarray:
@@ -235,7 +231,7 @@ class ExitClusterer(BaseEstimator):
         source = self._open(data)
         batches = self._batches(source, np.arange(len(source)), "whole encoder")
         labels, skipped = self.cascade_.full(batches, len(source))
-        _warn_of(skipped, source)
+        warn_of_skipped(skipped, source)
         return labels
 
     def fit_predict(self, data: ImageData, y: np.ndarray | None = None) -> np.ndarray:
@@ -258,7 +254,7 @@ class ExitClusterer(BaseEstimator):
             raise InputError(f"targets must have shape ({len(source)},), one for each image; got {np.shape(targets)}")
         batches = self._batches(source, np.arange(len(source)), "evaluate")
         found = evaluate(self.cascade_, batches, len(source), self.batch_size, targets)
-        _warn_of(found.result.skipped, source)
+        warn_of_skipped(found.result.skipped, source)
         return found
 
     def explain(self, data: ImageData) -> Explanation:
@@ -278,7 +274,7 @@ class ExitClusterer(BaseEstimator):
             raise InputError(
                 f"none of the {len(source)} images can be used: {next(iter(skipped.values()), 'no images')}"
             )
-        _warn_of(skipped, source)
+        warn_of_skipped(skipped, source)
         thresholds = self.cascade_.thresholds.cpu().numpy()
         path, disagreement = self.threshold_path_, self.path_disagreement_
         return explain(self.exit_names_[:-1], recorded, thresholds, path, disagreement, self.certificate_)
@@ -404,84 +400,45 @@ class ExitClusterer(BaseEstimator):
         """
         if self.patience > 1 or self.ensemble:
             return []
-        cascade = self.cascade_.with_own_rules()
-        logits, final, _ = cascade.logits(self._batches(source, shaping, "place exits"), len(shaping))
-        recorded, _ = cascade.fit_temperatures(logits, final)
-        if len(final) == 0:
+        batches = self._batches(source, shaping, "place exits")
+        recorded, _, _ = shape(self.cascade_.with_own_rules(), batches, len(shaping))
+        if len(recorded) == 0:
             return []
-        stage, own = self._work()
+        stage, own = work(self.cascade_, self.stage_seconds_, self.exit_seconds_, self.cost)
         return choose(self.exit_names_[:-1], recorded, stage, own, self.n_clusters, self.max_disagreement)
 
-    def _work(self) -> tuple[np.ndarray, np.ndarray]:
-        """Cost of every stage and of every exit's own work / the whole encoder's, (E + 1,) each, as `cost` has it."""
-        stage, own = self.stage_seconds_, self.exit_seconds_
-        if self.cost == "macs":
-            stage = np.array(self.cascade_.tapped.staged.macs, dtype=np.float64)
-            own = np.diff(self.cascade_.costs, prepend=0) * (stage.sum() + self.cascade_.final.macs) - stage
-        whole = stage.sum() + own[-1]
-        return stage / whole, own / whole
-
     def _split(self, held: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Held-out images that shape thresholds, and those that certify."""
         exits = MOST_EXITS if self.exits == "auto" else len(self.exits)
-        room = LOGITS_BYTES // (4 * max(1, exits) * len(rule_classes(self.rule)) * (self.n_clusters + 1))
-        shaping, certifying = np.split(held, [min(round(SHAPING * len(held)), room)])
-        return shaping, certifying
+        return split_held_out(held, exits * len(rule_classes(self.rule)) * (self.n_clusters + 1))
 
     def _calibrate(self, source: ImageSource, held: np.ndarray) -> dict[int, str]:
         """Thresholds and certificate from the images at positions `held`, and which of them were unusable.
 
         The cascade in use stays as it is; a new one takes its place.
         """
-        cascade = self.cascade_.with_own_rules()
-        shaping, certifying = self._split(held)
-        logits, final, skipped = cascade.logits(self._batches(source, shaping, "calibrate"), len(shaping))
-        recorded, mean_probabilities = cascade.fit_temperatures(logits, final)
-        stage, own = self._work()
-        costs = np.cumsum(stage + own)
-        if self.thresholds == "cbt":
-            path = cbt_path(recorded, costs, mean_probabilities)
-        else:
-            path = threshold_path(recorded, costs, self.n_clusters, per_cluster=self.thresholds == "search")
-        proof, more = cascade.record(self._batches(source, certifying, "certify"), len(certifying))
-        thresholds, certificate = certify(path, proof, self.max_disagreement, self.confidence)
-        cascade.thresholds.copy_(torch.from_numpy(thresholds))
-        self.cascade_, self.certificate_, self.threshold_path_ = cascade, certificate, path
-        self.path_disagreement_ = np.full(len(path), np.nan)
-        if len(proof):
-            self.path_disagreement_ = 1 - trade_off(path, proof, costs)[1]
-        if len(held) and certificate.settings == 0:
-            warnings.warn(str(certificate), stacklevel=3)
-        return skipped | more
+        found = calibrate(
+            self.cascade_,
+            lambda order, what: self._batches(source, order, what),
+            *self._split(held),
+            np.cumsum(np.add(*work(self.cascade_, self.stage_seconds_, self.exit_seconds_, self.cost))),
+            thresholds=self.thresholds,
+            max_disagreement=self.max_disagreement,
+            confidence=self.confidence,
+        )
+        self.cascade_, self.certificate_ = found.cascade, found.certificate
+        self.threshold_path_, self.path_disagreement_ = found.path, found.path_disagreement
+        if len(held) and found.certificate.settings == 0:
+            warnings.warn(str(found.certificate), stacklevel=3)
+        return found.skipped
 
     def _open(self, data: ImageData) -> ImageSource:
         return open_images(data, self.preprocessing, self.num_workers)
 
     def _batches(self, source: ImageSource, order: np.ndarray, what: str) -> Iterator[Batch]:
-        hidden = None if self.progress else True  # None: hidden where there is no terminal
-        with tqdm(total=len(order), desc=what, unit="img", disable=hidden) as bar:
-            for batch in source.batches(order, self.batch_size):
-                if len(batch.indices) and batch.images.shape[1:] != self.image_shape_:
-                    raise InputError(
-                        f"this model takes images of shape {tuple(self.image_shape_)}, as in fit(); got "
-                        f"{tuple(batch.images.shape[1:])}"
-                    )
-                yield batch
-                bar.update(len(batch.indices) + len(batch.skipped))
+        return read(source, order, self.batch_size, self.image_shape_, what, self.progress)
 
     def _check_fitted(self) -> None:
         try:
             check_is_fitted(self, "cascade_")
         except NotFittedError:
             raise NotFittedError("this ExitClusterer is not fitted yet; call fit(data) first") from None
-
-
-def _warn_of(skipped: dict[int, str], source: ImageSource) -> None:
-    if skipped:
-        position, reason = next(iter(skipped.items()))
-        which = source.paths[position] if source.paths else f"position {position}"
-        warnings.warn(
-            f"{len(skipped)} of {len(source)} images could not be used, such as {which} ({reason}); all are listed "
-            "in `skipped`",
-            stacklevel=3,
-        )

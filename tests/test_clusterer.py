@@ -118,7 +118,7 @@ def test_an_interrupted_fit_or_calibration_loses_nothing(encoder, rgb_digits, mo
     c = clusterer(encoder).fit(rgb_digits[:400])
     before, state = c.predict(rgb_digits[400:500]), c.certificate_
     thresholds = c.cascade_.thresholds.clone()
-    for target in ("ssl_exit.clusterer.collect", "ssl_exit.clusterer.certify"):
+    for target in ("ssl_exit.clusterer.collect", "ssl_exit.calibration.certify"):
         with monkeypatch.context() as patch:
             patch.setattr(target, lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
             with pytest.raises(KeyboardInterrupt):

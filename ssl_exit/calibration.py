@@ -1,0 +1,107 @@
+"""From held-out images to thresholds in use: temperatures, a path of settings, and the certificate of one of them."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from ssl_exit.cascade import Cascade
+from ssl_exit.data.images import Batch
+from ssl_exit.exits.cbt import cbt_path
+from ssl_exit.exits.certificate import Certificate, certify
+from ssl_exit.exits.thresholds import Recorded, threshold_path, trade_off
+
+LOGITS_BYTES = 1 << 28  # for the logits of the images that shape the threshold path
+SHAPING = 1 / 4  # share of the held-out images that shape the threshold path; the others certify
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What held-out images settled.
+
+    Attributes:
+        cascade: with temperatures and thresholds set.
+        certificate: of those thresholds.
+        path: settings that were considered, (S, E, K), surest first.
+        path_disagreement: share of the certifying images each of them gives another label, (S,); NaN without any.
+        skipped: position and reason of images that could not be used.
+    """
+
+    cascade: Cascade
+    certificate: Certificate
+    path: np.ndarray
+    path_disagreement: np.ndarray
+    skipped: dict[int, str]
+
+
+def split_held_out(held: np.ndarray, logits_per_image: int) -> tuple[np.ndarray, np.ndarray]:
+    """Positions of held-out images, (n,): those that shape thresholds, as memory allows, and those that certify."""
+    room = LOGITS_BYTES // (4 * max(1, logits_per_image))
+    shaping, certifying = np.split(held, [min(round(SHAPING * len(held)), room)])
+    return shaping, certifying
+
+
+def work(
+    cascade: Cascade, stage_seconds: np.ndarray, exit_seconds: np.ndarray, cost: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Cost of every stage and of every exit's own work / the whole encoder's, (E + 1,) each.
+
+    Args:
+        cascade: whose multiply-adds count where cost is "macs".
+        stage_seconds: measured time of every stage, (E + 1,), which counts where cost is "time".
+        exit_seconds: of every exit's own work and, last, of the final assignment, (E + 1,).
+        cost: "macs" or "time".
+    """
+    stage, own = stage_seconds, exit_seconds
+    if cost == "macs":
+        stage = np.array(cascade.tapped.staged.macs, dtype=np.float64)
+        own = np.diff(cascade.costs, prepend=0) * (stage.sum() + cascade.final.macs) - stage
+    whole = stage.sum() + own[-1]
+    return stage / whole, own / whole
+
+
+def shape(cascade: Cascade, batches: Iterable[Batch], n: int) -> tuple[Recorded, np.ndarray, dict[int, str]]:
+    """Set temperatures from n images.
+
+    Returns:
+        What exits then say of them, mean probabilities by final cluster, (E, K, K), and unusable images with reasons.
+    """
+    logits, final, skipped = cascade.logits(batches, n)
+    return *cascade.fit_temperatures(logits, final), skipped
+
+
+def calibrate(
+    cascade: Cascade,
+    batches: Callable[[np.ndarray, str], Iterable[Batch]],
+    shaping: np.ndarray,
+    certifying: np.ndarray,
+    costs: np.ndarray,
+    *,
+    thresholds: str,
+    max_disagreement: float,
+    confidence: float,
+) -> Calibration:
+    """Set temperatures and thresholds of a copy of the cascade, and certify them.
+
+    Args:
+        cascade: stays as it is.
+        batches: images at given positions; the second argument names what they are for.
+        shaping: positions of the images that shape the threshold path.
+        certifying: positions of the images on which its settings are tried; none of them in `shaping`.
+        costs: cost of leaving at each exit and, last, of the whole encoder, (E + 1,).
+        thresholds: "search", "exit" or "cbt".
+        max_disagreement: eps.
+        confidence: 1 - delta.
+    """
+    fresh = cascade.with_own_rules()
+    recorded, mean_probabilities, skipped = shape(fresh, batches(shaping, "calibrate"), len(shaping))
+    if thresholds == "cbt":
+        path = cbt_path(recorded, costs, mean_probabilities)
+    else:
+        path = threshold_path(recorded, costs, cascade.final.n_clusters, per_cluster=thresholds == "search")
+    proof, more = fresh.record(batches(certifying, "certify"), len(certifying))
+    chosen, certificate = certify(path, proof, max_disagreement, confidence)
+    fresh.thresholds.copy_(torch.from_numpy(chosen))
+    disagreement = 1 - trade_off(path, proof, costs)[1] if len(proof) else np.full(len(path), np.nan)
+    return Calibration(fresh, certificate, path, disagreement, skipped | more)

@@ -1,0 +1,49 @@
+"""Reading images for a model: with a progress bar, a check of their shape, and a warning of those left out."""
+
+import warnings
+from collections.abc import Iterator
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from ssl_exit.data.images import Batch, ImageSource
+from ssl_exit.errors import InputError
+
+
+def read(
+    source: ImageSource, order: np.ndarray, batch_size: int, shape: tuple[int, ...], what: str, progress: bool
+) -> Iterator[Batch]:
+    """Batches of the images at given positions, (N, C, H, W) each.
+
+    Args:
+        source: images.
+        order: positions, (n,) int.
+        batch_size: images a batch.
+        shape: what every image must have, (C, H, W).
+        what: they are read for, beside the bar.
+        progress: show a bar, on a terminal.
+
+    Raises:
+        InputError: images of another shape.
+    """
+    hidden = None if progress else True  # None: hidden where there is no terminal
+    with tqdm(total=len(order), desc=what, unit="img", disable=hidden) as bar:
+        for batch in source.batches(order, batch_size):
+            if len(batch.indices) and batch.images.shape[1:] != shape:
+                raise InputError(
+                    f"this model takes images of shape {shape}, as in fit(); got {tuple(batch.images.shape[1:])}"
+                )
+            yield batch
+            bar.update(len(batch.indices) + len(batch.skipped))
+
+
+def warn_of_skipped(skipped: dict[int, str], source: ImageSource) -> None:
+    """One warning, to the caller of the caller, that names one of the images that could not be used."""
+    if skipped:
+        position, reason = next(iter(skipped.items()))
+        which = source.paths[position] if source.paths else f"position {position}"
+        warnings.warn(
+            f"{len(skipped)} of {len(source)} images could not be used, such as {which} ({reason}); all are listed "
+            "in `skipped`",
+            stacklevel=3,
+        )
