@@ -11,11 +11,12 @@ import tempfile
 import torch
 from sklearn.datasets import load_digits
 
-from ssl_exit import ExitClusterer, list_exits, load
-from ssl_exit.demo import augment_digits, digits_encoder
+from ssl_exit import ExitClusterer, Preprocessing, list_exits, load
+from ssl_exit.demo import digits_encoder
 from ssl_exit.encoders.tapped import TappedEncoder
 from ssl_exit.report.tables import exit_points_table, exit_table, summary
-from ssl_exit.training.simclr import train_simclr
+from ssl_exit.training import Optimization, build_training
+from ssl_exit.training import train as train_encoder
 
 # Images: an (N, C, H, W) float tensor, a Dataset, a DataLoader, or a folder (with preprocessing=...).
 digits = load_digits()
@@ -24,7 +25,10 @@ train, test = images[:1300], images[1300:]
 
 # An encoder: any module from images to features. It is copied, never changed.
 encoder = digits_encoder()
-train_simclr(TappedEncoder.build(encoder, "auto", train), train, augment_digits, epochs=15, exit_weight=0.0)
+tapped = TappedEncoder.build(encoder, "auto", train)
+as_they_are = Preprocessing(size=8, mean=(0.0,), std=(1.0,))
+how = Optimization("adamw", learning_rate=2e-3, schedule="one_cycle")
+train_encoder(build_training("simclr", tapped, as_they_are, views="drawing", optimization=how), train, epochs=15)
 
 print(exit_points_table(list_exits(encoder, test[:1])), "\n")
 

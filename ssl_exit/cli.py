@@ -1,4 +1,4 @@
-"""The command line: ssl-exit demo | fit | predict | evaluate | list-exits, each with --help and --config."""
+"""The command line: ssl-exit demo | train | fit | predict | evaluate | list-exits, each with --help and --config."""
 
 import json
 import sys
@@ -8,17 +8,21 @@ from typing import Any
 
 import torch
 from jsonargparse import auto_cli
+from safetensors.torch import save_file
 
 from ssl_exit.clusterer import ExitClusterer
 from ssl_exit.data.images import FolderImages
+from ssl_exit.data.pixels import digits_pixels, open_pixels
 from ssl_exit.data.preprocessing import Preprocessing
 from ssl_exit.encoders import graph
 from ssl_exit.encoders.build import EncoderSpec
+from ssl_exit.encoders.tapped import TappedEncoder
 from ssl_exit.errors import InputError
 from ssl_exit.loading import load
 from ssl_exit.report.tables import exit_points_table, exit_table, explanation_table, summary, text_table
 from ssl_exit.storage import check_model_folder, whole_file, write_labels
 
+NOT_COMPARED = ("out", "resume", "device", "devices", "num_workers", "logger", "precision", "monitor_every")
 IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
 
@@ -35,6 +39,116 @@ def demo(out: str | None = None, seed: int = 0, epochs: int = 60) -> None:
     from ssl_exit.demo import run_demo
 
     run_demo(Path(out) if out else None, seed, epochs)
+
+
+def train(
+    encoder: str,
+    data: str,
+    out: str,
+    method: str = "simclr",
+    options: dict[str, Any] | None = None,
+    weights: str | None = None,
+    views: str = "auto",
+    exits: str | list[str] = "auto",
+    descriptor: str = "auto",
+    epochs: int = 200,
+    batch_size: int = 128,
+    optimizer: str = "sgd",
+    learning_rate: float = 0.06,
+    momentum: float = 0.9,
+    weight_decay: float = 5e-4,
+    schedule: str = "cosine",
+    size: int = 32,
+    crop: float = 1.0,
+    mean: list[float] = IMAGENET_MEAN,
+    std: list[float] = IMAGENET_STD,
+    monitor_share: float = 0.05,
+    monitor_every: int = 5,
+    precision: str = "auto",
+    device: str = "auto",
+    devices: int = 1,
+    num_workers: int = 0,
+    logger: str = "csv",
+    seed: int = 0,
+    resume: bool = False,
+) -> None:
+    """Train an encoder on a folder of images without labels, with its exits in mind; write out/encoder.safetensors.
+
+    Args:
+        encoder: a torchvision architecture, timm:NAME, resnet18_cifar, resnet20_cifar, ..., or module:function.
+        data: folder of images, searched recursively; or digits, scikit-learn's.
+        out: folder for the encoder, checkpoints and logs.
+        method: simclr, moco, or distill (self-distillation: exits learn the final clusters).
+        options: of the method, such as --options.temperature 0.2 or --options.exit_weight 1 (see docs/training.md).
+        weights: weights file to start from.
+        views: simclr, moco, light (crops, flips, brightness), drawing, or auto: what suits the method.
+        exits: "auto", or names of exit points; what the losses at the exits look at.
+        descriptor: auto, average, pyramid or tokens.
+        epochs: passes over the images.
+        batch_size: images a step, of all devices together.
+        optimizer: sgd or adamw.
+        learning_rate: its peak, for this batch size.
+        momentum: of sgd.
+        weight_decay: on all parameters.
+        schedule: cosine, or one_cycle.
+        size: height and width in pixels of what the encoder sees.
+        crop: share of the shorter side kept when images are decoded.
+        mean: per channel, of pixels in [0, 1]; one entry for grey images.
+        std: per channel, of pixels in [0, 1].
+        monitor_share: of the images, kept out of training for a nearest-neighbour monitor; where there is one
+            sub-folder a class.
+        monitor_every: epochs between two looks.
+        precision: auto (bfloat16 where hardware has it), 32-true, bf16-mixed, 16-mixed.
+        device: auto, cpu or cuda.
+        devices: how many of them.
+        num_workers: processes that decode images.
+        logger: csv, tensorboard or none.
+        seed: of everything random.
+        resume: go on from the newest checkpoint in out.
+    """
+    settings = {k: v for k, v in locals().items() if k not in NOT_COMPARED}
+    from ssl_exit.training.methods import build_training
+    from ssl_exit.training.module import Optimization
+    from ssl_exit.training.run import seeded
+    from ssl_exit.training.run import train as run_training
+
+    preprocessing = Preprocessing(size, tuple(mean), tuple(std), crop)
+    spec = EncoderSpec(encoder, weights)
+    with seeded(seed):
+        module = spec.build()
+        tapped = TappedEncoder.build(module, exits, torch.zeros(1, len(mean), size, size), descriptor=descriptor)
+        training = build_training(
+            method,
+            tapped,
+            preprocessing,
+            views=views,
+            optimization=Optimization(optimizer, learning_rate, momentum, weight_decay, schedule),
+            options=options,
+        )
+    pixels = digits_pixels() if data == "digits" else open_pixels(data, preprocessing, num_workers)
+    run_training(
+        training,
+        pixels,
+        epochs=epochs,
+        batch_size=batch_size,
+        out=Path(out),
+        resume=resume,
+        settings=settings,
+        monitor_share=monitor_share,
+        monitor_every=monitor_every,
+        precision=precision,
+        device=device,
+        devices=devices,
+        num_workers=num_workers,
+        logger=logger,
+        seed=seed,
+    )
+    if not training.trainer.is_global_zero:
+        return
+    file = Path(out) / "encoder.safetensors"
+    with whole_file(file) as draft:
+        save_file({k: v.contiguous() for k, v in module.state_dict().items()}, draft)
+    print(f"{len(pixels)} images, {epochs} epochs; encoder written to {file}")
 
 
 def fit(
@@ -223,6 +337,7 @@ def _list_skipped(skipped: dict[int, str], paths: list[str]) -> None:
 
 COMMANDS: dict[str, Any] = {
     "demo": demo,
+    "train": train,
     "fit": fit,
     "predict": predict,
     "evaluate": evaluate,

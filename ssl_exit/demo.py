@@ -1,30 +1,31 @@
 """The demonstration: scikit-learn's handwritten digits, an encoder trained without labels, early exits."""
 
 import json
-import math
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from safetensors.torch import save_file
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from ssl_exit.clusterer import ExitClusterer
+from ssl_exit.data.pixels import PixelsInMemory, digits_pixels
 from ssl_exit.data.preprocessing import Preprocessing
+from ssl_exit.data.views import DrawingViews
 from ssl_exit.encoders.build import EncoderSpec
 from ssl_exit.encoders.tapped import TappedEncoder
 from ssl_exit.measure.evaluation import Evaluation
 from ssl_exit.report.plots import plot_exits
 from ssl_exit.report.tables import exit_table, summary
 from ssl_exit.storage import whole_file, write_labels
-from ssl_exit.training.simclr import seeded, train_simclr
+from ssl_exit.training.contrastive import SimCLR
+from ssl_exit.training.module import Optimization
+from ssl_exit.training.run import seeded, train
 
 SHARES = (0.40, 0.35)  # of the images, for fit and for calibration; the rest is the test part
+PREPROCESSING = Preprocessing(size=8, mean=(0.0,), std=(1.0,))
 TIMED = 5  # evaluations, of which the median time counts: the test part takes a fraction of a second
 
 
@@ -45,23 +46,6 @@ def digits_encoder() -> nn.Module:
     return encoder
 
 
-def augment_digits(images: Tensor) -> Tensor:
-    """Random views, (N, 1, 8, 8): rotation, scale, shear, shift, brightness and noise, each drawn anew."""
-    n = len(images)
-
-    def draw(width: float, *shape: int) -> Tensor:
-        return (torch.rand(n, *shape) * 2 - 1) * width
-
-    angle, scale = draw(math.radians(20)), 1 + draw(0.2)
-    across, shear, shift = scale * (1 + draw(0.2)), draw(0.2), draw(0.25, 2)
-    rows = [[angle.cos() * scale, shear - angle.sin() * scale, shift[:, 0]]]
-    rows += [[angle.sin() * across, angle.cos() * across, shift[:, 1]]]
-    warp = torch.stack([torch.stack(row, dim=1) for row in rows], dim=1)  # (N, 2, 3)
-    grid = F.affine_grid(warp, list(images.shape), align_corners=False)
-    views = F.grid_sample(images, grid, align_corners=False)
-    return views * (1 + draw(0.3, 1, 1, 1)) + 0.1 * torch.randn_like(views)
-
-
 def run_demo(out: Path | None, seed: int, epochs: int, progress: bool = True) -> dict[str, Any]:
     """Train, fit, calibrate, cluster the test part with early exits; print a report and return it.
 
@@ -72,25 +56,19 @@ def run_demo(out: Path | None, seed: int, epochs: int, progress: bool = True) ->
         progress: show progress bars on a terminal.
     """
     start = time.perf_counter()
-    digits = load_digits()
-    images = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 16  # (1797, 1, 8, 8)
+    digits = digits_pixels()
+    images, targets = digits.images, digits.targets
+    assert targets is not None
     order = np.random.default_rng(seed).permutation(len(images))
     fit, calibration, test = np.split(order, np.cumsum([round(s * len(images)) for s in SHARES]))
     print(f"{len(images)} handwritten digits: {len(fit)} to fit, {len(calibration)} to calibrate, {len(test)} to test")
 
     with seeded(seed):
         encoder = digits_encoder()
-    tapped = TappedEncoder.build(encoder, "auto", images[:1])
-    train_simclr(
-        tapped,
-        images[fit],
-        augment_digits,
-        epochs=epochs,
-        batch_size=128,
-        exit_weight=0.0,
-        seed=seed,
-        progress=progress,
-    )
+        tapped = TappedEncoder.build(encoder, "auto", images[:1])
+        how = Optimization("adamw", learning_rate=2e-3, weight_decay=1e-4, schedule="one_cycle")
+        training = SimCLR(tapped, DrawingViews(), PREPROCESSING, how, temperature=0.2, hidden=128, projection=64)
+    train(training, PixelsInMemory(images[fit]), epochs=epochs, batch_size=128, seed=seed, progress=progress)
     with tempfile.TemporaryDirectory() as scratch:
         weights = Path(scratch) / "encoder.safetensors"
         save_file(encoder.state_dict(), weights)
@@ -98,13 +76,13 @@ def run_demo(out: Path | None, seed: int, epochs: int, progress: bool = True) ->
             EncoderSpec("ssl_exit.demo:digits_encoder", str(weights)),
             n_clusters=10,
             max_disagreement=0.02,
-            preprocessing=Preprocessing(size=8, mean=(0.0,), std=(1.0,)),
+            preprocessing=PREPROCESSING,
             holdout=0,
             random_state=seed,
             progress=progress,
         ).fit(images[fit])
     clusterer.calibrate(images[calibration])
-    found = [clusterer.evaluate(images[test], digits.target[test]) for _ in range(TIMED)]
+    found = [clusterer.evaluate(images[test], targets[test]) for _ in range(TIMED)]
     found.sort(key=lambda one: one.cost_time)
     evaluation = found[TIMED // 2]
     seconds = time.perf_counter() - start

@@ -9,7 +9,7 @@ import torch
 from ssl_exit import EncoderSpec, ExitClusterer, Preprocessing, load, storage
 from ssl_exit.demo import digits_encoder
 from ssl_exit.errors import InputError
-from ssl_exit.training.simclr import seeded
+from ssl_exit.training.run import seeded
 
 
 @pytest.fixture(scope="module")

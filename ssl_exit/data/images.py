@@ -1,7 +1,7 @@
 """One kind of image source for a folder, a tensor, a Dataset or a DataLoader."""
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -118,10 +118,17 @@ class FolderImages(Dataset):
         return np.array([index[Path(path).parts[0]] for path in self.paths])
 
     def __getitem__(self, index: int) -> Tensor | str:
-        """The preprocessed image, (C, size, size), or the reason why it cannot be read."""
+        """The preprocessed image, (C, size, size) float, or the reason why it cannot be read."""
+        return self._read(index, self.preprocessing)
+
+    def pixels(self, index: int) -> Tensor | str:
+        """The same, neither scaled nor standardised: (C, size, size) uint8, or the reason why it cannot be read."""
+        return self._read(index, self.preprocessing.pixels)
+
+    def _read(self, index: int, how: Callable[[Image.Image], Tensor]) -> Tensor | str:
         try:
             with Image.open(self.folder / self.paths[index]) as image:
-                return self.preprocessing(image)
+                return how(image)
         except Exception as error:  # decoders raise whatever a damaged file leads them to
             return f"{type(error).__name__}: {error}"
 

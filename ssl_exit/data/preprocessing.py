@@ -49,6 +49,14 @@ class Preprocessing:
             float32, (..., C, size, size).
 
         Raises:
+            InputError: see `pixels`.
+        """
+        return self.normalize(self.pixels(image).float().div_(255))
+
+    def pixels(self, image: Image.Image | Tensor) -> Tensor:
+        """The same without scaling and standardising: uint8, (..., C, size, size).
+
+        Raises:
             InputError: pixels that are neither uint8 nor of a PIL mode with a known range, or have the wrong number
                 of channels.
         """
@@ -63,8 +71,12 @@ class Preprocessing:
             pixels = TF.resize(pixels, [short], antialias=True)
         if pixels.shape[-2:] != (self.size, self.size):
             pixels = TF.center_crop(pixels, [self.size, self.size])
-        mean, std = (torch.tensor(v, device=pixels.device).view(-1, 1, 1) for v in (self.mean, self.std))
-        return pixels.float().div_(255).sub_(mean).div_(std)
+        return pixels
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """Subtract the mean and divide by the deviation: images in [0, 1], (..., C, H, W), changed in place."""
+        mean, std = (torch.tensor(v, device=images.device).view(-1, 1, 1) for v in (self.mean, self.std))
+        return images.sub_(mean).div_(std)
 
     def _decode(self, image: Image.Image) -> Tensor:
         if image.mode == "F":

@@ -2,6 +2,8 @@
 
 import importlib
 import importlib.util
+import pickle
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,10 +12,25 @@ import torchvision
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ssl_exit.encoders.resnet_cifar import resnet20_cifar, resnet56_cifar
+from ssl_exit.encoders.resnet_cifar import (
+    resnet18_cifar,
+    resnet18_lightly,
+    resnet18_sololearn,
+    resnet20_cifar,
+    resnet56_cifar,
+)
 from ssl_exit.errors import InputError
 
-OWN = {"resnet20_cifar": resnet20_cifar, "resnet56_cifar": resnet56_cifar}
+OWN: dict[
+    str, tuple[Callable[[], nn.Module], str | None]
+] = {  # and the name of a classifier whose keys may be left over
+    "resnet20_cifar": (resnet20_cifar, "linear"),
+    "resnet56_cifar": (resnet56_cifar, "linear"),
+    "resnet18_cifar": (resnet18_cifar, "fc"),
+    "resnet18_sololearn": (resnet18_sololearn, "fc"),
+    "resnet18_lightly": (resnet18_lightly, None),
+}
+PREFIXES = ("backbone.", "encoder.", "module.", "model.", "tapped.", "")  # preferred, where several would do
 
 
 @dataclass(frozen=True)
@@ -21,11 +38,12 @@ class EncoderSpec:
     """How to build an encoder again: what a saved model remembers of it beside its weights.
 
     Attributes:
-        name: "resnet20_cifar" or "resnet56_cifar" (this library's), an architecture of torchvision or, with
-            the prefix "timm:", of timm, each without its classifier; or "module:function", which is imported
-            from the Python path and called without arguments.
-        weights: a .safetensors, .pt, .pth or .ckpt file with a state dict; "DEFAULT" downloads torchvision's
-            or timm's; None leaves the weights as the architecture starts them.
+        name: one of `OWN` (this library's, for small images), an architecture of torchvision or, with the prefix
+            "timm:", of timm, each without its classifier; or "module:function", which is imported from the
+            Python path and called without arguments.
+        weights: a .safetensors, .pt, .pth or .ckpt file with a state dict, of the encoder alone or of a module that
+            holds it under a prefix, such as "backbone." (lightly, solo-learn, Lightning checkpoints); "DEFAULT"
+            downloads torchvision's or timm's; None leaves the weights as the architecture starts them.
     """
 
     name: str
@@ -52,7 +70,8 @@ class EncoderSpec:
         if self.name in OWN:
             if download:
                 raise InputError(f"{self.name!r} has no weights to download; give a weights file")
-            return OWN[self.name](), "linear"
+            build, classifier = OWN[self.name]
+            return build(), classifier
         if self.name.startswith("timm:"):
             if importlib.util.find_spec("timm") is None:
                 raise InputError(f"encoder {self.name!r} needs timm: pip install timm")
@@ -101,6 +120,11 @@ def read_state_dict(file: Path) -> dict[str, Tensor]:
         if file.suffix == ".safetensors":
             return load_file(file)
         state = torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise InputError(
+            f"weights file {str(file)!r} cannot be read without running code in it ({str(error).splitlines()[0]}). If "
+            "you trust it, keep its state dict alone: torch.save(torch.load(f, weights_only=False)['state_dict'], new)"
+        ) from error
     except Exception as error:
         raise InputError(f"weights file {str(file)!r} cannot be read: {error}; expected a state dict") from error
     state = state.get("state_dict", state) if isinstance(state, dict) else state
@@ -110,8 +134,8 @@ def read_state_dict(file: Path) -> dict[str, Tensor]:
 
 
 def _fill(encoder: nn.Module, classifier: str | None, file: Path, name: str) -> None:
-    state = read_state_dict(file)
     own = encoder.state_dict()
+    state, prefix = _under_prefix(read_state_dict(file), set(own))
     if classifier:
         state = {key: value for key, value in state.items() if not key.startswith(classifier + ".") or key in own}
     missing, unexpected = sorted(set(own) - set(state)), sorted(set(state) - set(own))
@@ -122,8 +146,26 @@ def _fill(encoder: nn.Module, classifier: str | None, file: Path, name: str) -> 
         if k in state and state[k].shape != own[k].shape
     ]
     if missing or unexpected or misfits:
+        where = f" under {prefix!r}" if prefix else ""
         raise InputError(
-            f"weights file {str(file)!r} does not fit {name}: missing keys {missing}; unexpected keys {unexpected}; "
-            f"shapes {misfits}"
+            f"weights file {str(file)!r} does not fit {name}{where}: missing keys {missing}; unexpected keys "
+            f"{unexpected}; shapes {misfits}"
         )
     encoder.load_state_dict(state, strict=False)
+
+
+def _under_prefix(state: dict[str, Tensor], own: set[str]) -> tuple[dict[str, Tensor], str]:
+    """The part of a state dict that is the encoder's, its prefix removed, and that prefix.
+
+    Of all prefixes under which keys occur the one is taken under which most of the encoder's own keys are; of several
+    that are equal (an encoder and its moving average), the most usual. What lies beside it, such as projection
+    heads, is left out.
+    """
+    parts = {key[: i + 1] for key in state for i, letter in enumerate(key) if letter == "."} | {""}
+
+    def merit(prefix: str) -> tuple[int, int, int]:
+        usual = PREFIXES.index(prefix) if prefix in PREFIXES else len(PREFIXES)
+        return sum(prefix + key in state for key in own), -usual, -len(prefix)
+
+    prefix = max(sorted(parts), key=merit)
+    return {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}, prefix

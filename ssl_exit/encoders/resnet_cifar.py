@@ -1,8 +1,10 @@
-"""The CIFAR ResNet of He et al. (arXiv 1512.03385, section 4.2), with shortcuts free of parameters."""
+"""ResNets for small images: He et al.'s for CIFAR (arXiv 1512.03385, section 4.2), and ResNet-18 with a small stem."""
 
 import torch
 import torch.nn.functional as F
+from lightly.models import ResNetGenerator
 from torch import Tensor, nn
+from torchvision.models import resnet18
 
 
 class BasicBlock(nn.Module):
@@ -55,3 +57,26 @@ def resnet20_cifar() -> CifarResNet:
 def resnet56_cifar() -> CifarResNet:
     """ResNet-56 for 32-pixel images, without its classifier: (N, 3, 32, 32) -> (N, 64)."""
     return CifarResNet(9)
+
+
+def resnet18_cifar(padding: int = 1) -> nn.Module:
+    """torchvision's ResNet-18 with a 3x3 stem, stride 1, no max-pool: (N, 3, 32, 32) -> (N, 512)."""
+    encoder = resnet18()
+    encoder.conv1 = nn.Conv2d(3, 64, 3, 1, padding, bias=False)
+    encoder.maxpool = nn.Identity()
+    encoder.fc = nn.Identity()
+    return encoder
+
+
+def resnet18_sololearn() -> nn.Module:
+    """The same as solo-learn has it for CIFAR: its stem pads by 2, so that maps are 34 pixels wide."""
+    return resnet18_cifar(padding=2)
+
+
+def resnet18_lightly() -> nn.Module:
+    """The same as in lightly's CIFAR-10 benchmark, children of its own ResNet-18 in a row: (N, 3, 32, 32) -> (N, 512).
+
+    Keys are numbers, and no activation follows the first normalisation.
+    """
+    layers = list(ResNetGenerator("resnet-18").children())[:-1]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())

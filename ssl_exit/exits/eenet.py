@@ -59,12 +59,27 @@ class EENetRule(Head):
             return super().loss([z[:, : self.n_clusters] for z in outputs], labels, soft, costs, progress)
         answered = soft.argmax(1) == labels  # always, unless classes were given
         predicted = torch.where(answered, 1.0, soft.gather(1, labels[:, None])[:, 0])
-        cost = costs[-1].expand(len(labels))
-        total = torch.zeros(())
-        for z, leaving in zip(reversed(outputs), reversed(costs[:-1]), strict=True):
-            h = z[:, self.n_clusters].sigmoid()
-            y = z[:, : self.n_clusters].softmax(1).gather(1, labels[:, None])[:, 0]
-            predicted = h * y + (1 - h) * predicted
-            cost = h * leaving + (1 - h) * cost
-            total = total + (self.tradeoff * cost - predicted.clamp(min=1e-12).log()).mean()
-        return total
+        answers = [z[:, : self.n_clusters].softmax(1).gather(1, labels[:, None])[:, 0] for z in outputs]
+        confidences = [z[:, self.n_clusters].sigmoid() for z in outputs]
+        return cost_aware_loss(answers, confidences, predicted, costs, self.tradeoff)
+
+
+def cost_aware_loss(
+    answers: Sequence[Tensor], confidences: Sequence[Tensor], end: Tensor, costs: Tensor, tradeoff: float
+) -> Tensor:
+    """sum_i mean[-log Y_i + tradeoff C_i], with Y and C as in `EENetRule`.
+
+    Args:
+        answers: what each exit gives its target, in [0, 1], (B,) each.
+        confidences: h of each exit, in [0, 1], (B,) each.
+        end: what the whole encoder gives the target, (B,).
+        costs: of leaving at each exit and, last, of the whole encoder, (E + 1,).
+        tradeoff: lambda.
+    """
+    predicted, cost = end, costs[-1].expand(len(end))
+    total = torch.zeros((), device=end.device)
+    for y, h, leaving in zip(reversed(answers), reversed(confidences), reversed(costs[:-1]), strict=True):
+        predicted = h * y + (1 - h) * predicted
+        cost = h * leaving + (1 - h) * cost
+        total = total + (tradeoff * cost - predicted.clamp(min=1e-12).log()).mean()
+    return total

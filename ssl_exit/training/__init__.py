@@ -1,1 +1,19 @@
-"""Training encoders without labels."""
+"""Training encoders that exit early; needs pytorch-lightning, which `import ssl_exit` alone does not load."""
+
+from ssl_exit.training.contrastive import MoCo, SimCLR
+from ssl_exit.training.distillation import SelfDistillation
+from ssl_exit.training.logs import read_curve
+from ssl_exit.training.methods import build_training
+from ssl_exit.training.module import ExitTraining, Optimization
+from ssl_exit.training.run import train
+
+__all__ = [
+    "ExitTraining",
+    "MoCo",
+    "Optimization",
+    "SelfDistillation",
+    "SimCLR",
+    "build_training",
+    "read_curve",
+    "train",
+]

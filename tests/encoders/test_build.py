@@ -1,13 +1,14 @@
 """Encoders by name and weights files."""
 
 import pytest
+import pytorch_lightning as pl
 import torch
 import torchvision
 from safetensors.torch import save_file
 from torch import nn
 
 from ssl_exit import EncoderSpec
-from ssl_exit.encoders.resnet_cifar import resnet20_cifar
+from ssl_exit.encoders.resnet_cifar import resnet18_cifar, resnet18_lightly, resnet18_sololearn, resnet20_cifar
 from ssl_exit.errors import InputError
 
 
@@ -93,3 +94,76 @@ def test_names_that_mean_nothing_are_refused(name, weights, message):
 
 def test_a_function_of_ones_own():
     assert len(EncoderSpec("tests.encoders.test_build:tiny").build()) == 3
+
+
+def same(encoder: nn.Module, other: nn.Module) -> bool:
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        return torch.equal(encoder.eval()(images), other.eval()(images))
+
+
+def nested(**modules: nn.Module) -> dict[str, torch.Tensor]:
+    return nn.ModuleDict(modules).state_dict()
+
+
+@pytest.mark.parametrize(
+    ("name", "build"),
+    [
+        ("resnet18_cifar", resnet18_cifar),
+        ("resnet18_sololearn", resnet18_sololearn),
+        ("resnet18_lightly", resnet18_lightly),
+    ],
+)
+def test_checkpoints_of_other_projects(tmp_path, name, build):
+    """solo-learn's and lightly's modules: an encoder under "backbone.", its moving average and heads beside it."""
+    torch.manual_seed(1)
+    encoder, average = build(), build()
+    state = nested(momentum_backbone=average, backbone=encoder, projector=nn.Linear(512, 8), backbone_momentum=average)
+    torch.save({"state_dict": state, "epoch": 3, "loops": {}}, tmp_path / "w.ckpt")
+    assert same(EncoderSpec(name, str(tmp_path / "w.ckpt")).build(), encoder)
+
+
+def test_a_checkpoint_that_lightning_wrote(tmp_path):
+    class Module(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.save_hyperparameters({"width": 3})
+            self.model = resnet20_cifar()
+            self.head = nn.Linear(64, 2)
+
+    module = Module()
+    trainer = pl.Trainer(
+        accelerator="cpu", max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False
+    )
+    trainer.strategy.connect(module)
+    trainer.save_checkpoint(tmp_path / "w.ckpt")
+    assert same(EncoderSpec("resnet20_cifar", str(tmp_path / "w.ckpt")).build(), module.model)
+
+
+def test_stems_for_small_images():
+    x = torch.zeros(1, 3, 32, 32)
+    assert resnet18_cifar().conv1(x).shape[2:] == (32, 32)
+    solo = resnet18_sololearn()
+    assert solo.conv1(x).shape[2:] == (34, 34)
+    assert isinstance(solo.maxpool, nn.Identity)
+    assert resnet18_lightly().eval()(x).shape == (1, 512)
+
+
+def test_keys_that_do_not_fit_under_a_prefix_are_listed(tmp_path):
+    state = nested(backbone=resnet20_cifar(), projector=nn.Linear(2, 2))
+    del state["backbone.bn1.bias"]
+    state["backbone.extra"] = torch.zeros(1)
+    torch.save(state, tmp_path / "w.pt")
+    message = r"under 'backbone.': missing keys \['bn1.bias'\]; unexpected keys \['extra'\]"
+    with pytest.raises(InputError, match=message):
+        EncoderSpec("resnet20_cifar", str(tmp_path / "w.pt")).build()
+
+
+def test_a_checkpoint_with_objects_in_it_says_how_to_keep_its_weights(tmp_path):
+    torch.save({"state_dict": {}, "hyper_parameters": Exotic()}, tmp_path / "w.ckpt")
+    with pytest.raises(InputError, match=r"without running code in it.*If you trust it, keep its state dict alone"):
+        EncoderSpec("resnet20_cifar", str(tmp_path / "w.ckpt")).build()
+
+
+class Exotic:
+    """What a project saves beside its weights."""

@@ -1,0 +1,137 @@
+"""What all ways of training share: views made on the device, an optimiser, a schedule."""
+
+import copy
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from lightly.models.utils import deactivate_requires_grad
+from torch import Tensor, nn
+
+from ssl_exit.data.pixels import Pixels
+from ssl_exit.data.preprocessing import Preprocessing
+from ssl_exit.encoders.tapped import TappedEncoder
+from ssl_exit.errors import InputError
+
+Module = TypeVar("Module", bound=nn.Module)
+OPTIMIZERS = ("sgd", "adamw")
+SCHEDULES = ("cosine", "one_cycle")
+
+
+@dataclass(frozen=True)
+class Optimization:
+    """How parameters are updated; the defaults are those of lightly's CIFAR-10 benchmark.
+
+    Attributes:
+        optimizer: "sgd" or "adamw".
+        learning_rate: its peak, for the batch size in use (lightly's benchmark: 0.06 for each 128 images).
+        momentum: of "sgd".
+        weight_decay: on all parameters.
+        schedule: "cosine", from the peak to 0; or "one_cycle", which rises to it first (arXiv 1708.07120).
+    """
+
+    optimizer: str = "sgd"
+    learning_rate: float = 0.06
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    schedule: str = "cosine"
+
+    def __post_init__(self) -> None:
+        if self.optimizer not in OPTIMIZERS or self.schedule not in SCHEDULES:
+            raise InputError(
+                f"optimizer must be one of {OPTIMIZERS} and schedule one of {SCHEDULES}; got {self.optimizer!r} and "
+                f"{self.schedule!r}"
+            )
+        if self.learning_rate <= 0 or not 0 <= self.momentum < 1 or self.weight_decay < 0:
+            raise InputError(
+                "an optimizer needs learning_rate > 0, momentum in [0, 1) and weight_decay >= 0; got "
+                f"{self.learning_rate}, {self.momentum} and {self.weight_decay}"
+            )
+
+
+class ExitTraining(pl.LightningModule):
+    """Base of all ways to train an encoder and its exits, without labels.
+
+    A subclass defines `losses`. Batches come from `Pixels`; views are made of them where the encoder is, outside
+    of autocast.
+
+    Attributes:
+        tapped: the encoder and its exits; it is trained in place.
+        views: a batch of images to a batch of random views of them.
+        n_views: drawn of every image.
+    """
+
+    n_views = 2
+
+    def __init__(
+        self,
+        tapped: TappedEncoder,
+        views: Callable[[Tensor], Tensor],
+        preprocessing: Preprocessing,
+        optimization: Optimization,
+    ) -> None:
+        super().__init__()
+        self.tapped = tapped
+        self.views, self.preprocessing, self.optimization = views, preprocessing, optimization
+
+    @abstractmethod
+    def losses(self, positions: Tensor, views: Sequence[Tensor]) -> dict[str, Tensor]:
+        """What is minimised, "loss", and whatever else is worth a curve.
+
+        Args:
+            positions: of the images in the data, (B,) int64.
+            views: standardised, (B, C, H, W) each.
+        """
+
+    def attach(self, pixels: Pixels, positions: np.ndarray, seed: int) -> None:
+        """Called once before training, with all images, the positions of those to train on, and a seed."""
+
+    def prepared(self, images: Tensor) -> Tensor:
+        """Images or views in [0, 1] (or uint8) as the encoder takes them."""
+        x = images.to(torch.float32, memory_format=torch.channels_last, copy=True)
+        return self.preprocessing.normalize(x.div_(255) if images.dtype == torch.uint8 else x)
+
+    def features(self, pixels: Tensor) -> Tensor:
+        """Final features of images, without gradients and in eval mode: (B, C, H, W) -> (B, F) float32."""
+        was = self.tapped.training
+        self.tapped.eval()
+        with torch.no_grad():
+            features = self.tapped(self.prepared(pixels))[1]
+        self.tapped.train(was)
+        return features.float()
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> tuple[Tensor, list[Tensor]]:
+        positions, pixels = batch
+        return positions, [self.prepared(self.views(pixels)) for _ in range(self.n_views)]
+
+    def training_step(self, batch: tuple[Tensor, list[Tensor]], batch_idx: int) -> Tensor:
+        found = self.losses(*batch)
+        self.log_dict(found, prog_bar=True, batch_size=len(batch[0]))
+        return found["loss"]
+
+    def configure_optimizers(self) -> Any:
+        how = self.optimization
+        parameters = [p for p in self.parameters() if p.requires_grad]
+        steps = int(self.trainer.estimated_stepping_batches)
+        if how.optimizer == "sgd":
+            optimizer: torch.optim.Optimizer = torch.optim.SGD(
+                parameters, how.learning_rate, momentum=how.momentum, weight_decay=how.weight_decay
+            )
+        else:
+            optimizer = torch.optim.AdamW(parameters, how.learning_rate, weight_decay=how.weight_decay)
+        if how.schedule == "cosine":
+            schedule: Any = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+        else:
+            schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, how.learning_rate, total_steps=steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def frozen_copy(module: Module) -> Module:
+    """A copy in eval mode that no optimiser changes."""
+    duplicate = copy.deepcopy(module).eval()
+    deactivate_requires_grad(duplicate)
+    return duplicate

@@ -1,0 +1,287 @@
+"""Running a training: devices, precision, checkpoints, resuming, logs, and what goes wrong."""
+
+import errno
+import logging
+import signal
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import ModelCheckpoint, TQDMProgressBar
+from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from ssl_exit.data.pixels import EpochOrder, Pixels, PixelsInMemory, open_pixels
+from ssl_exit.errors import InputError
+from ssl_exit.parameters import usable_device
+from ssl_exit.training.module import ExitTraining
+from ssl_exit.training.monitor import NeighbourMonitor
+
+LOGGERS = ("csv", "tensorboard", "none")
+CHECKPOINTS, LOGS = "checkpoints", "logs"
+KEPT = 2  # checkpoints
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+CHECKED = 20  # steps between looks at the loss: each look waits for the device
+
+
+def train(
+    module: ExitTraining,
+    data: Pixels | Tensor | str | Path,
+    *,
+    epochs: int,
+    batch_size: int = 128,
+    out: Path | None = None,
+    resume: bool = False,
+    settings: dict[str, Any] | None = None,
+    monitor_share: float = 0.0,
+    monitor_every: int = 5,
+    precision: str = "auto",
+    device: str = "auto",
+    devices: int = 1,
+    num_workers: int = 0,
+    logger: str = "csv",
+    seed: int = 0,
+    progress: bool = True,
+) -> None:
+    """Train an encoder in place; it is left in eval mode, on the CPU.
+
+    After every epoch a checkpoint is written, whole or not at all; the last two are kept. Order, views and dropout of
+    an epoch depend on (seed, epoch) alone, so a resumed run goes on as the uninterrupted one would have.
+
+    Args:
+        module: what is trained, and how.
+        data: a folder of images, a tensor of them, (N, C, H, W), uint8 or float in [0, 1], or `Pixels`. Classes, if
+            there are any, serve the monitor only.
+        epochs: passes over the images.
+        batch_size: images a step, of all devices together.
+        out: folder for checkpoints and logs; None writes nothing.
+        resume: go on from the newest checkpoint in `out`.
+        settings: saved with each checkpoint, and compared when resuming.
+        monitor_share: of the images, kept out of training to see how well nearest neighbours classify them; used if
+            the images have classes.
+        monitor_every: epochs between two looks.
+        precision: "32-true", "bf16-mixed", what else Lightning takes, or "auto": bfloat16 where hardware has it.
+        device: "auto", "cpu" or "cuda".
+        devices: how many; with more than one, DistributedDataParallel, negatives gathered from all.
+        num_workers: processes that decode images, where these are not in memory.
+        logger: "csv", "tensorboard" or "none".
+        seed: of everything random.
+        progress: show a progress bar on a terminal.
+
+    Raises:
+        InputError: settings that cannot be used, fewer images than a batch, a checkpoint that is damaged or of other
+            settings, a loss that is not finite, or a full disk.
+    """
+    if min(epochs, batch_size, devices, monitor_every) < 1 or not 0 <= monitor_share < 1:
+        raise InputError(
+            "training needs epochs, batch_size, devices and monitor_every >= 1 and monitor_share in [0, 1); got "
+            f"{epochs}, {batch_size}, {devices}, {monitor_every} and {monitor_share}"
+        )
+    if batch_size % devices or batch_size < 2 * devices:
+        raise InputError(f"batch_size must be a multiple of devices, at least two each; got {batch_size}, {devices}")
+    if logger not in LOGGERS:
+        raise InputError(f"logger must be one of {LOGGERS}; got {logger!r}")
+    if resume and out is None:
+        raise InputError("resume needs a folder with checkpoints: give out")
+    kind = usable_device(device).type
+    pixels = data if isinstance(data, Pixels) else open_pixels(data, module.preprocessing, num_workers)
+    order = np.random.default_rng(seed).permutation(len(pixels))
+    held = order[: round(monitor_share * len(order)) if pixels.targets is not None else 0]
+    positions = np.sort(order[len(held) :])
+    if len(positions) < batch_size:
+        raise InputError(
+            f"{len(positions)} images do not fill one batch of {batch_size}; lower batch_size or give more images"
+        )
+    settings = (settings or {}) | {"seed": seed, "batch_size": batch_size, "epochs": epochs, "images": len(pixels)}
+    newest = find_checkpoint(out, resume, settings) if out else None
+    guard = _Guard(settings, seed, out)
+    callbacks: list[pl.Callback] = [guard]
+    if len(held):
+        callbacks.append(NeighbourMonitor(pixels, positions, held, monitor_every))
+    if progress:
+        callbacks.append(TQDMProgressBar(refresh_rate=10))
+    if out:
+        callbacks.append(
+            ModelCheckpoint(
+                out / CHECKPOINTS,
+                "epoch-{epoch:04d}",
+                monitor="epoch",
+                mode="max",
+                save_top_k=-1,  # `_Guard` removes old ones: what a killed run had kept, Lightning forgets
+                auto_insert_metric_name=False,
+                save_on_train_epoch_end=True,
+            )
+        )
+    with _quiet(), seeded(seed):
+        trainer = pl.Trainer(
+            accelerator="gpu" if kind == "cuda" else "cpu",
+            devices=devices,
+            strategy="ddp" if devices > 1 else "auto",
+            precision=best_precision(kind) if precision == "auto" else precision,  # type: ignore[arg-type]
+            max_epochs=epochs,
+            logger=_logger(logger, out, newest),
+            callbacks=callbacks,
+            log_every_n_steps=10,
+            enable_progress_bar=progress,
+            enable_model_summary=False,
+            enable_checkpointing=out is not None,
+            use_distributed_sampler=False,
+            default_root_dir=out,
+        )
+        sampler = EpochOrder(positions, batch_size, seed, trainer.global_rank, trainer.world_size)
+        workers = 0 if isinstance(pixels, PixelsInMemory) else num_workers
+        loader = DataLoader(
+            pixels,
+            batch_size=None,
+            sampler=sampler,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=kind == "cuda",
+            generator=torch.Generator(),  # it would draw from the global one, sooner or later in an epoch
+        )
+        module.to(memory_format=torch.channels_last)
+        module.train()  # Lightning leaves modes as they are
+        module.attach(pixels, positions, seed)
+        before = signal.getsignal(signal.SIGINT)
+        try:
+            trainer.fit(module, loader, ckpt_path=newest, weights_only=True)
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            raise InputError(
+                f"training stopped at step {trainer.global_step}: {str(out)!r} cannot be written ({error.strerror}); "
+                "free some space and resume from the last checkpoint"
+            ) from error
+        except SystemExit as stop:  # Lightning's answer to an interrupt
+            raise KeyboardInterrupt from stop
+        finally:
+            signal.signal(signal.SIGINT, before)
+            module.to("cpu", memory_format=torch.contiguous_format)
+            module.eval()
+
+
+def find_checkpoint(out: Path, resume: bool, settings: dict[str, Any]) -> Path | None:
+    """The newest checkpoint in a folder, or None where training begins.
+
+    Raises:
+        InputError: there are checkpoints and `resume` is not asked for; or the newest is damaged, or was written with
+            other settings.
+    """
+    found = checkpoints_in(out)
+    if not found:
+        return None
+    if not resume:
+        raise InputError(f"{str(out)!r} holds a training already; resume it, or give a new folder")
+    newest = found[-1]
+    try:
+        saved = torch.load(newest, map_location="cpu", weights_only=True)["ssl_exit"]
+    except Exception as error:  # whatever a damaged file leads torch to
+        older = f", to resume from {found[-2].name}" if len(found) > 1 else ", to start again"
+        raise InputError(
+            f"checkpoint {str(newest)!r} cannot be read ({str(error).splitlines()[0]}); delete it{older}"
+        ) from error
+    differ = [f"{k}: {saved.get(k)!r} then, {v!r} now" for k, v in settings.items() if saved.get(k) != v]
+    if differ:
+        raise InputError(f"checkpoint {str(newest)!r} was written with other settings: {'; '.join(differ)}")
+    return newest
+
+
+def checkpoints_in(out: Path) -> list[Path]:
+    """Checkpoints of a training, oldest first."""
+    return sorted((out / CHECKPOINTS).glob("epoch-*.ckpt"))
+
+
+def best_precision(kind: str) -> str:
+    """bfloat16 autocast where the hardware multiplies it natively, else float32."""
+    if kind == "cuda":
+        return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    return "bf16-mixed" if "amx_bf16" in flags or "avx512_bf16" in flags else "32-true"
+
+
+class _Guard(pl.Callback):
+    """Seeds every epoch, stops at a loss that is not finite, saves settings with checkpoints and removes old ones."""
+
+    def __init__(self, settings: dict[str, Any], seed: int, out: Path | None) -> None:
+        self.settings, self.seed, self.out = settings, seed, out
+        self.losses: list[Tensor] = []
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        state = np.random.SeedSequence((self.seed, trainer.current_epoch, trainer.global_rank)).generate_state(1)
+        torch.manual_seed(int(state[0]))
+        self._remove_old(trainer)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.losses.append(outputs["loss"].detach())
+        if len(self.losses) == CHECKED:
+            self._check(trainer)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self._check(trainer)  # before a checkpoint is written: callbacks that write them come last
+        for logger in trainer.loggers:
+            logger.save()
+
+    def on_fit_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self._remove_old(trainer)
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint["ssl_exit"] = self.settings
+
+    def _remove_old(self, trainer: pl.Trainer) -> None:
+        if self.out and trainer.is_global_zero:
+            for old in checkpoints_in(self.out)[:-KEPT]:
+                old.unlink()
+
+    def _check(self, trainer: pl.Trainer) -> None:
+        losses, self.losses = self.losses, []
+        finite = torch.stack(losses).isfinite().tolist() if losses else []
+        if not all(finite):
+            step = trainer.global_step - len(finite) + finite.index(False)
+            last = trainer.checkpoint_callback
+            path = getattr(last, "best_model_path", "") or "none yet"
+            raise InputError(
+                f"the loss became {losses[finite.index(False)].item()} at step {step}; last good checkpoint: {path}. "
+                "Lower learning_rate, or train with precision 32-true"
+            )
+
+
+def _logger(kind: str, out: Path | None, newest: Path | None) -> Logger | bool:
+    if out is None or kind == "none":
+        return False
+    if kind == "tensorboard":
+        if not (find_spec("tensorboard") or find_spec("tensorboardX")):
+            raise InputError("logger 'tensorboard' needs tensorboard: pip install tensorboard; or use logger 'csv'")
+        return TensorBoardLogger(out, LOGS, version="")
+    begun = 0 if newest is None else int(newest.stem.partition("-")[2]) + 1
+    return CSVLogger(out, LOGS, version=f"from-epoch-{begun:04d}")  # it deletes what a version wrote before
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Draw from a seed for a while; the global generators go on afterwards as if nothing had been."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
+
+
+class _quiet(warnings.catch_warnings):
+    """Without Lightning's notices on hardware, loaders and loggers, none of which a user here can act on."""
+
+    def __enter__(self) -> None:
+        super().__enter__()
+        self.level = logging.getLogger("pytorch_lightning").level
+        logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+        warnings.filterwarnings("ignore", module="pytorch_lightning")
+
+    def __exit__(self, *error: Any) -> None:
+        logging.getLogger("pytorch_lightning").setLevel(self.level)
+        super().__exit__(*error)

@@ -1,0 +1,140 @@
+"""Self-distillation: targets and loss against slow references, rounds, and what it does for early exits."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from ssl_exit import ExitClusterer
+from ssl_exit.data.pixels import PixelsInMemory
+from ssl_exit.data.preprocessing import Preprocessing
+from ssl_exit.demo import digits_encoder
+from ssl_exit.encoders.tapped import TappedEncoder
+from ssl_exit.errors import InputError
+from ssl_exit.exits.eenet import cost_aware_loss
+from ssl_exit.training.methods import build_training
+from ssl_exit.training.module import Optimization
+from ssl_exit.training.run import seeded, train
+
+SMALL = Preprocessing(8, (0.0,), (1.0,))
+HOW = Optimization("adamw", 1e-3, weight_decay=1e-4, schedule="one_cycle")
+
+
+@pytest.fixture(scope="module")
+def weights(digits):
+    """Of a digits encoder after a little SimCLR."""
+    with seeded(0):
+        encoder = digits_encoder()
+        tapped = TappedEncoder.build(encoder, "auto", digits[:1])
+        module = build_training("simclr", tapped, SMALL, views="drawing", optimization=HOW)
+    train(module, digits[:900], epochs=10, progress=False)
+    return encoder.state_dict()
+
+
+def build(weights, **options):
+    with seeded(1):
+        encoder = digits_encoder()
+        encoder.load_state_dict(weights)
+        tapped = TappedEncoder.build(encoder, "auto", torch.zeros(1, 1, 8, 8))
+        return encoder, build_training("distill", tapped, SMALL, views="drawing", optimization=HOW, options=options)
+
+
+def begun(weights, digits, **options):
+    encoder, module = build(weights, **options)
+    module.attach(PixelsInMemory(digits[:700]), np.arange(100, 700), 0)
+    module._begin_round()
+    return encoder, module
+
+
+@pytest.mark.parametrize("mirror", [True, False])
+def test_targets_are_the_teachers_answers(weights, digits, mirror):
+    encoder, module = begun(weights, digits, temperature=0.2, mirror=mirror)
+    with torch.no_grad():
+        for i in (100, 399, 699):
+            image = digits[i : i + 1]
+            seen = [image, image.flip(3)] if mirror else [image]
+            answers = [F.normalize(encoder.eval()(x), dim=1) @ module.centroids.T for x in seen]
+            expected = sum((z / 0.2).softmax(1) for z in answers) / len(seen)
+            torch.testing.assert_close(module.targets[i : i + 1], expected, atol=1e-4, rtol=1e-3)
+    assert (module.targets[:100] == 0).all()
+    torch.testing.assert_close(module.centroids.norm(dim=1), torch.ones(10))
+
+
+@pytest.mark.parametrize("exit_loss", ["soft", "eenet", "none"])
+def test_the_loss_is_its_equation(weights, digits, exit_loss):
+    _, module = begun(weights, digits, exit_loss=exit_loss, final_weight=3.0)
+    module.eval()
+    rows = torch.tensor([150, 300, 450, 600])
+    found = module.losses(rows, [digits[rows]])
+    described, output = module.tapped(digits[rows])
+    target = module.targets[rows]
+    logits = F.normalize(output, dim=1) @ module.centroids.T / 0.1
+    final = -(target * logits.log_softmax(1)).sum(1).mean()
+    outputs = [h(described[:, c]) for h, c in zip(module.heads, module.tapped.columns, strict=False)]
+    if exit_loss == "soft":
+        exits = sum(-(target * z.log_softmax(1)).sum(1).mean() for z in outputs) / len(outputs)
+    if exit_loss == "eenet":
+        label = target.argmax(1)
+        y = [z[:, :10].softmax(1)[range(4), label] for z in outputs]
+        h = [z[:, 10].sigmoid() for z in outputs]
+        end = logits.softmax(1)[range(4), label]
+        exits = cost_aware_loss(y, h, end, module.costs, 1.0) / len(outputs)
+    expected = final if exit_loss == "none" else 3 * final + exits
+    torch.testing.assert_close(found["loss"], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_cost_aware_loss_by_hand():
+    y, h, end = [torch.tensor([0.5])], [torch.tensor([0.25])], torch.tensor([0.9])
+    costs = torch.tensor([0.2, 1.0])
+    expected = -np.log(0.25 * 0.5 + 0.75 * 0.9) + 2.0 * (0.25 * 0.2 + 0.75 * 1.0)
+    assert cost_aware_loss(y, h, end, costs, 2.0).item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_clusters_keep_their_numbers_from_round_to_round(weights, digits):
+    _, module = begun(weights, digits)
+    before, targets = module.centroids.clone(), module.targets.clone()
+    module.seed = 5  # k-means would number clusters otherwise
+    with torch.no_grad():
+        for p in module.tapped.parameters():
+            p.add_(1e-3 * torch.randn_like(p))
+    module._begin_round()
+    assert not torch.equal(module.centroids, before)
+    assert (module.targets[100:].argmax(1) == targets[100:].argmax(1)).float().mean() > 0.7
+
+
+def test_a_new_round_has_a_new_teacher(weights, digits):
+    _, module = build(weights, rounds=2)
+    train(module, digits[:700], epochs=4, batch_size=100, progress=False)
+    teacher, student = module.teacher.state_dict(), module.tapped.state_dict()
+    first = build(weights)[1].tapped.state_dict()
+    name = next(n for n in teacher if n.endswith("conv.weight"))
+    assert not torch.equal(teacher[name], first[name])  # of round 2: the student after two epochs
+    assert not torch.equal(teacher[name], student[name])
+
+
+def test_exits_become_cheaper(weights, digits):
+    """At 90 % agreement on test images, with rules fitted afterwards in both cases."""
+    costs = {}
+    for name in ("before", "after"):
+        encoder, module = build(weights, mirror=False)
+        if name == "after":
+            train(module, digits[:900], epochs=20, batch_size=100, progress=False)
+        exits = [point.name for point in module.tapped.staged.exit_points]
+        c = ExitClusterer(encoder, n_clusters=10, exits=exits, holdout=0, progress=False).fit(digits[:900])
+        c.calibrate(digits[900:1350])
+        cost, agreement = c.trade_off(digits[1350:])
+        costs[name] = cost[agreement >= 0.9].min()
+    assert costs["after"] < costs["before"] - 0.03
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"exit_loss": "hard"}, "exit_loss must be one of"),
+        ({"rounds": 0}, "rounds and hidden >= 1"),
+        ({"temperature": 0.0}, "temperature > 0"),
+    ],
+)
+def test_what_cannot_be_distilled(weights, options, message):
+    with pytest.raises(InputError, match=message):
+        build(weights, **options)
