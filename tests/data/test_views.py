@@ -177,7 +177,7 @@ def test_views_are_distributed_as_lightlys(photo, name):
         {"flip": 0.3},
         {"brightness": 0.2},
         {"contrast": 0.2},
-        {"saturation": 0.2},
+        {"saturation": 0.9},
         {"hue": 0.2},
         {"grey": 0.1},
         {"blur": 0.3},
