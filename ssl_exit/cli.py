@@ -125,7 +125,7 @@ def train(
             optimization=Optimization(optimizer, learning_rate, momentum, weight_decay, schedule),
             options=options,
         )
-    pixels = digits_pixels() if data == "digits" else open_pixels(data, preprocessing, num_workers)
+    pixels = digits_pixels() if data == "digits" else open_pixels(data, preprocessing, num_workers, devices)
     run_training(
         training,
         pixels,
@@ -147,7 +147,7 @@ def train(
         return
     file = Path(out) / "encoder.safetensors"
     with whole_file(file) as draft:
-        save_file({k: v.contiguous() for k, v in module.state_dict().items()}, draft)
+        save_file({k: v.contiguous().clone() for k, v in module.state_dict().items()}, draft)
     print(f"{len(pixels)} images, {epochs} epochs; encoder written to {file}")
 
 
@@ -359,7 +359,7 @@ def main(args: list[str] | None = None) -> None:
     warnings.filterwarnings("ignore", message=".* could not be used")  # commands list them one by one
     try:
         auto_cli(COMMANDS, args=words, as_positional=False, description=about)
-    except InputError as error:
+    except (InputError, OSError) as error:
         print(f"ssl-exit: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

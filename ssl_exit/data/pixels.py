@@ -15,7 +15,7 @@ from ssl_exit.data.images import FolderImages
 from ssl_exit.data.preprocessing import Preprocessing
 from ssl_exit.errors import InputError
 
-MEMORY_SHARE = 0.5  # of the free memory that decoded images may take
+MEMORY_SHARE = 0.25  # of the machine's memory that decoded images may take
 
 
 class Pixels(Dataset):
@@ -33,6 +33,11 @@ class Pixels(Dataset):
     def __getitem__(self, positions: Sequence[int] | np.ndarray) -> tuple[Tensor, Tensor]:
         """Positions, (B,) int64, and pixels, (B, C, H, W), uint8 or float in [0, 1]."""
         raise NotImplementedError
+
+    def batches(self, positions: np.ndarray, batch_size: int) -> Iterator[Tensor]:
+        """Pixels of the images at these positions, in that order, (B, C, H, W) at a time."""
+        for at in range(0, len(positions), batch_size):
+            yield self[positions[at : at + batch_size]][1]
 
 
 class PixelsInMemory(Pixels):
@@ -53,7 +58,7 @@ class PixelsInMemory(Pixels):
                 "floating-point training images must lie in [0, 1]: views are drawn before they are standardised; got "
                 f"{images.min().item():.3g} to {images.max().item():.3g}"
             )
-        self.images, self.targets = images, targets
+        self.images, self.targets = images.cpu(), targets
 
     def __len__(self) -> int:
         return len(self.images)
@@ -64,33 +69,54 @@ class PixelsInMemory(Pixels):
 
 
 class PixelsOnDisk(Pixels):
-    """A folder of images, decoded whenever they are asked for; one that cannot be read is replaced by another."""
+    """A folder of images, decoded whenever they are asked for.
 
-    def __init__(self, folder: FolderImages) -> None:
-        self.folder, self.targets = folder, folder.targets
+    An image that cannot be read is replaced, in its place, by another of the batch; a warning says so once.
+
+    Args:
+        folder: the images.
+        num_workers: processes that decode in `batches`.
+    """
+
+    def __init__(self, folder: FolderImages, num_workers: int = 0) -> None:
+        self.folder, self.targets, self.num_workers = folder, folder.targets, num_workers
+        self.warned = False
 
     def __len__(self) -> int:
         return len(self.folder)
 
     def __getitem__(self, positions: Sequence[int] | np.ndarray) -> tuple[Tensor, Tensor]:
-        read = [self.folder.pixels(int(i)) for i in positions]
-        good = [(i, x) for i, x in zip(positions, read, strict=True) if isinstance(x, Tensor)]
+        read = [(int(i), self.folder.pixels(int(i))) for i in positions]
+        good = [(i, x) for i, x in read if isinstance(x, Tensor)]
+        bad = next((i for i, x in read if isinstance(x, str)), None)
         if not good:
-            raise InputError(f"none of a batch of {len(read)} images can be read, the first because of {read[0]}")
-        good = (good * len(read))[: len(read)] if len(good) < len(read) else good  # batches keep their size
-        return torch.tensor([i for i, _ in good]), torch.stack([x for _, x in good])
+            raise InputError(f"none of a batch of {len(read)} images can be read, the first because of {read[0][1]}")
+        if bad is not None and not self.warned:
+            self.warned = True
+            warnings.warn(f"{self.folder.paths[bad]} cannot be read; others stand in for such images", stacklevel=2)
+        whole = [(i, x) if isinstance(x, Tensor) else good[0] for i, x in read]
+        return torch.tensor([i for i, _ in whole]), torch.stack([x for _, x in whole])
+
+    def batches(self, positions: np.ndarray, batch_size: int) -> Iterator[Tensor]:
+        order = [positions[at : at + batch_size] for at in range(0, len(positions), batch_size)]
+        workers = {"num_workers": self.num_workers, "generator": torch.Generator()}
+        for _, pixels in DataLoader(self, batch_size=None, sampler=order, **workers):  # type: ignore[arg-type]
+            yield pixels
 
 
-def open_pixels(data: Tensor | str | Path, preprocessing: Preprocessing, num_workers: int = 0) -> Pixels:
+def open_pixels(
+    data: Tensor | str | Path, preprocessing: Preprocessing, num_workers: int = 0, processes: int = 1
+) -> Pixels:
     """Training images from a folder or a tensor.
 
-    A folder is decoded once and held in memory if that takes less than half of what is free. Images that cannot be
-    read are left out then, with a warning.
+    A folder is decoded once and held in memory if that takes less than a quarter of the machine's memory. Images that
+    cannot be read are left out then, with a warning.
 
     Args:
         data: a folder, searched recursively, or a tensor, (N, C, H, W), uint8 or float in [0, 1].
         preprocessing: size and crop of decoded images.
         num_workers: processes that decode images.
+        processes: how many will hold them.
 
     Raises:
         InputError: no images, or a tensor of another kind.
@@ -98,10 +124,18 @@ def open_pixels(data: Tensor | str | Path, preprocessing: Preprocessing, num_wor
     if isinstance(data, Tensor):
         return PixelsInMemory(data)
     folder = FolderImages(Path(data), preprocessing)
-    needed = len(folder) * len(preprocessing.mean) * preprocessing.size**2
-    if needed > MEMORY_SHARE * os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
-        return PixelsOnDisk(folder)
+    needed = processes * len(folder) * len(preprocessing.mean) * preprocessing.size**2
+    if needed > MEMORY_SHARE * memory():  # not of what is free: every process must decide alike
+        return PixelsOnDisk(folder, num_workers)
     return _decoded(folder, num_workers)
+
+
+def memory() -> int:
+    """Bytes of memory this machine, or the container it is, has."""
+    limit = Path("/sys/fs/cgroup/memory.max")
+    allowed = limit.read_text().strip() if limit.is_file() else "max"
+    whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return whole if allowed == "max" else min(whole, int(allowed))
 
 
 def digits_pixels() -> PixelsInMemory:
@@ -111,7 +145,9 @@ def digits_pixels() -> PixelsInMemory:
 
 
 def _decoded(folder: FolderImages, num_workers: int) -> PixelsInMemory:
-    loader = DataLoader(_Each(folder), batch_size=256, num_workers=num_workers, collate_fn=list)
+    loader = DataLoader(
+        _Each(folder), batch_size=256, num_workers=num_workers, collate_fn=list, generator=torch.Generator()
+    )
     pixels: Tensor | None = None
     kept: list[int] = []
     at = 0

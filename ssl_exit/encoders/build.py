@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import pickle
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,18 @@ OWN: dict[
     "resnet18_sololearn": (resnet18_sololearn, "fc"),
     "resnet18_lightly": (resnet18_lightly, None),
 }
-PREFIXES = ("backbone.", "encoder.", "module.", "model.", "tapped.", "")  # preferred, where several would do
+OWN_STAGES = re.compile(r"staged\.stages\.\d+\.")  # in checkpoints of `train`
+PREFIXES = (
+    "backbone.",
+    "encoder.",
+    "tapped.",
+    "module.",
+    "model.",
+    "encoder_q.",
+    "module.encoder_q.",
+    "student.",
+    "",
+)  # preferred, where several would do
 
 
 @dataclass(frozen=True)
@@ -161,11 +173,17 @@ def _under_prefix(state: dict[str, Tensor], own: set[str]) -> tuple[dict[str, Te
     that are equal (an encoder and its moving average), the most usual. What lies beside it, such as projection
     heads, is left out.
     """
+    state = {OWN_STAGES.sub("", key): value for key, value in state.items()}
     parts = {key[: i + 1] for key in state for i, letter in enumerate(key) if letter == "."} | {""}
 
     def merit(prefix: str) -> tuple[int, int, int]:
         usual = PREFIXES.index(prefix) if prefix in PREFIXES else len(PREFIXES)
         return sum(prefix + key in state for key in own), -usual, -len(prefix)
 
-    prefix = max(sorted(parts), key=merit)
+    best, second, *_ = *sorted(parts, key=merit, reverse=True), ""
+    if merit(best)[0] == merit(second)[0] > 0 and best not in PREFIXES:
+        raise InputError(
+            f"the weights file holds the encoder under {best!r} and under {second!r}: keep the one you want alone"
+        )
+    prefix = best
     return {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}, prefix

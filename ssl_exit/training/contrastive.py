@@ -98,7 +98,7 @@ class SimCLR(_Contrastive):
         )
         self.criterion = contrastive_loss(temperature)
 
-    def losses(self, positions: Tensor, views: Sequence[Tensor]) -> dict[str, Tensor]:
+    def losses(self, given: Tensor, views: Sequence[Tensor]) -> dict[str, Tensor]:
         projections = self._projections(self.tapped, self.heads, torch.cat(list(views)))
         with torch.autocast(self.device.type, enabled=False):
             return self._total([self.criterion(*z.chunk(2)) for z in projections])
@@ -150,7 +150,7 @@ class MoCo(_Contrastive):
         self.key_tapped, self.key_heads = frozen_copy(tapped), frozen_copy(self.heads)
         self.criteria = nn.ModuleList(contrastive_loss(temperature, (bank, projection)) for _ in self.heads)
 
-    def losses(self, positions: Tensor, views: Sequence[Tensor]) -> dict[str, Tensor]:
+    def losses(self, given: Tensor, views: Sequence[Tensor]) -> dict[str, Tensor]:
         for query, key in ((self.tapped, self.key_tapped), (self.heads, self.key_heads)):
             update_momentum(query, key, self.key_momentum)
         one, two = views
@@ -163,7 +163,7 @@ class MoCo(_Contrastive):
     def _keys(self, images: Tensor) -> list[Tensor]:
         """Projections by the moving average, group by group in shuffled order: (N, C, H, W) -> (N, P) each."""
         shuffled, order = batch_shuffle(images)
-        groups = shuffled.chunk(self.groups)
+        groups = shuffled.tensor_split(min(self.groups, len(images) // 2))
         found = [self._projections(self.key_tapped, self.key_heads, group) for group in groups]
         return [batch_unshuffle(torch.cat(each), order) for each in zip(*found, strict=True)]
 

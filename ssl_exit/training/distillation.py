@@ -7,15 +7,23 @@ A round begins with a frozen copy of the encoder, the teacher. FAISS k-means on 
 
 What is minimised over the encoder f and a head h_e on the descriptor d_e of each exit, for a view x' of the image:
 
-    w H(t(x), softmax(cos(f(x'), c) / T)) + mean_e H(t(x), softmax(h_e(d_e(x'))))
+    w H((1 - b) t(x) + b m(x'), softmax(cos(f(x'), c) / T)) + mean_e H(t(x), softmax(h_e(d_e(x'))))
 
-with H the cross-entropy and w = final_weight; or, with exit_loss="eenet", EENets' objective in place of the mean over
-exits: heads have a confidence branch and the loss counts what each exit costs (`EENetRule`), the targets being the
-clusters of largest t. No labels are used. Sources: self-distillation of exits, Zhang et al. (arXiv 1905.08094); k-means
-and training in turn, DeepCluster, Caron et al. (1807.05520); EENets, Demir & Akbas (2409.05336).
+with H the cross-entropy, w = final_weight, b = mutual and m(x') = mean_e softmax(h_e(d_e(x'))), through which no
+gradient flows: with b > 0 the final layer also gives way to its exits, and keeps of an assignment what they can
+learn (deep mutual learning, Zhang et al., arXiv 1706.00384).
+
+With exit_loss="eenet", EENets' objective takes the place of the mean over exits: heads have a confidence branch and the
+loss counts what each exit costs (`EENetRule`), the targets being the clusters of largest t. As there, the first half of
+a round trains the answers alone; unlike there the encoder is trained too, so the end is no constant.
+
+No labels are used. Sources: self-distillation of exits, Zhang et al. (arXiv 1905.08094); k-means and training in turn,
+DeepCluster, Caron et al. (1807.05520); EENets, Demir & Akbas (2409.05336).
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,13 +34,22 @@ from ssl_exit.data.pixels import Pixels
 from ssl_exit.data.preprocessing import Preprocessing
 from ssl_exit.encoders.tapped import TappedEncoder
 from ssl_exit.errors import InputError
-from ssl_exit.exits.eenet import cost_aware_loss
+from ssl_exit.exits.eenet import FIRST_STAGE, cost_aware_loss
 from ssl_exit.exits.kmeans import kmeans, match_clusters
+from ssl_exit.exits.rules import likeliest_temperature
 from ssl_exit.training.module import ExitTraining, Optimization, frozen_copy
 
 EXIT_LOSSES = ("soft", "eenet", "none")
 BATCH = 512  # images the teacher sees at a time
 CLUSTERED = 256  # images a cluster that k-means sees, and at least 10,000
+
+
+def _as_it_is(pixels: Tensor) -> Tensor:
+    return pixels
+
+
+def _mirrored(pixels: Tensor) -> Tensor:
+    return pixels.flip(3)
 
 
 class SelfDistillation(ExitTraining):
@@ -44,7 +61,9 @@ class SelfDistillation(ExitTraining):
         rounds: of k-means and training in turn, of equally many epochs.
         exit_loss: "soft", "eenet", or "none": the final layer alone.
         final_weight: w; 0 lets the final layer follow what exits make of the layers below.
-        temperature: T.
+        temperature: T; None finds, in every round, the one at which an image's soft assignment best foretells the
+            label of a view of it.
+        mutual: b, in [0, 1).
         mirror: whether an image and its mirror image mean the same; photographs mostly do, writing does not.
         hidden: units of the heads' hidden layer.
         tradeoff: lambda of "eenet", what the whole encoder's cost is worth in nats.
@@ -55,6 +74,7 @@ class SelfDistillation(ExitTraining):
 
     n_views = 1
     centroids: Tensor
+    temperature: Tensor
 
     def __init__(
         self,
@@ -67,7 +87,8 @@ class SelfDistillation(ExitTraining):
         rounds: int = 1,
         exit_loss: str = "soft",
         final_weight: float = 2.0,
-        temperature: float = 0.1,
+        temperature: float | None = None,
+        mutual: float = 0.5,
         mirror: bool = True,
         hidden: int = 128,
         tradeoff: float = 1.0,
@@ -75,14 +96,19 @@ class SelfDistillation(ExitTraining):
         super().__init__(tapped, views, preprocessing, optimization)
         if exit_loss not in EXIT_LOSSES:
             raise InputError(f"exit_loss must be one of {EXIT_LOSSES}; got {exit_loss!r}")
-        if min(n_clusters, rounds, hidden) < 1 or temperature <= 0 or min(final_weight, tradeoff) < 0:
+        heat = 1.0 if temperature is None else temperature
+        if min(n_clusters, rounds, hidden) < 1 or heat <= 0 or min(final_weight, tradeoff) < 0:
             raise InputError(
                 "self-distillation needs n_clusters, rounds and hidden >= 1, temperature > 0, final_weight and "
                 f"tradeoff >= 0; got {n_clusters}, {rounds}, {hidden}, {temperature}, {final_weight} and {tradeoff}"
             )
         self.n_clusters, self.rounds, self.exit_loss = n_clusters, rounds, exit_loss
-        self.final_weight, self.temperature, self.tradeoff = final_weight, temperature, tradeoff
-        self.mirror = mirror
+        if not 0 <= mutual < 1:
+            raise InputError(f"mutual must lie in [0, 1); got {mutual}")
+        self.mutual = mutual
+        self.final_weight, self.tradeoff, self.mirror = final_weight, tradeoff, mirror
+        self.given_temperature, self.answers_alone = temperature, False
+        self.register_buffer("temperature", torch.tensor(heat))
         width = n_clusters + (exit_loss == "eenet")
         exits = [] if exit_loss == "none" else tapped.seen
         self.heads = nn.ModuleList(_head(dim, hidden, width) for dim in exits)
@@ -97,72 +123,100 @@ class SelfDistillation(ExitTraining):
 
     def on_train_epoch_start(self) -> None:
         epochs = self.trainer.max_epochs or 1
-        began = [r * epochs // self.rounds for r in range(self.rounds)]
-        if self.current_epoch in began:
+        if self.rounds > epochs:
+            raise InputError(f"{self.rounds} rounds do not fit into {epochs} epochs; a round is at least one")
+        begins = [r * epochs // self.rounds for r in range(self.rounds + 1)]
+        current = max(r for r in range(self.rounds) if begins[r] <= self.current_epoch)
+        if self.current_epoch == begins[current]:
             self._begin_round()
         elif len(self.targets) == 0:  # resumed in the middle of a round
             self.targets = self._soft_assignments()
+        self.answers_alone = self.current_epoch < begins[current] + FIRST_STAGE * (
+            begins[current + 1] - begins[current]
+        )
 
-    def losses(self, positions: Tensor, views: Sequence[Tensor]) -> dict[str, Tensor]:
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> tuple[Tensor, Tensor]:
+        """Targets, (B, K), take the place of positions."""
+        positions, pixels = batch
+        return self.targets[positions], pixels
+
+    def losses(self, given: Tensor, views: Sequence[Tensor]) -> dict[str, Tensor]:
         described, output = self.tapped(views[0])
         outputs = [head(described[:, c]) for head, c in zip(self.heads, self.tapped.columns, strict=False)]
         with torch.autocast(self.device.type, enabled=False):
-            target = self.targets[positions.to(self.targets.device)].to(output.device)
-            logits = F.normalize(output.float(), dim=1) @ self.centroids.T / self.temperature
-            final = F.cross_entropy(logits, target)
+            logits = self._cosines(output.float()) / self.temperature
             if not outputs:
-                return {"loss": final}
-            exits = self._at_exits([z.float() for z in outputs], logits, target)
+                return {"loss": F.cross_entropy(logits, given)}
+            exits = self._at_exits([z.float() for z in outputs], logits, given)
+            answers = [z.detach().float()[:, : self.n_clusters].softmax(1) for z in outputs]
+            final = F.cross_entropy(logits, torch.lerp(given, torch.stack(answers).mean(0), self.mutual))
         return {"loss": self.final_weight * final + exits, "final": final, "exits": exits}
 
     def _at_exits(self, outputs: list[Tensor], logits: Tensor, target: Tensor) -> Tensor:
-        if self.exit_loss == "soft":
-            return torch.stack([F.cross_entropy(z, target) for z in outputs]).mean()
+        k = self.n_clusters
+        if self.exit_loss == "soft" or self.answers_alone:
+            return torch.stack([F.cross_entropy(z[:, :k], target) for z in outputs]).mean()
         label = target.argmax(dim=1, keepdim=True)
-        answers = [z[:, : self.n_clusters].softmax(1).gather(1, label)[:, 0] for z in outputs]
-        confidences = [z[:, self.n_clusters].sigmoid() for z in outputs]
+        answers = [z[:, :k].softmax(1).gather(1, label)[:, 0] for z in outputs]
+        confidences = [z[:, k].sigmoid() for z in outputs]
         end = logits.softmax(1).gather(1, label)[:, 0]
         costs = self.costs.to(logits.device)
         return cost_aware_loss(answers, confidences, end, costs, self.tradeoff) / len(outputs)
 
+    def _cosines(self, features: Tensor) -> Tensor:
+        """Cosines of features, (N, F), to the centroids: (N, K)."""
+        return F.normalize(features, dim=1) @ self.centroids.T
+
     def _begin_round(self) -> None:
-        """A new teacher, its clusters and its answers."""
+        """A new teacher, its clusters, its temperature and its answers; the same in every process."""
         first = bool((self.centroids == 0).all())
         self.teacher.load_state_dict(self.tapped.state_dict())
+        for buffer in self.teacher.buffers():  # batch statistics are each process's own
+            buffer.copy_(self._shared(buffer))
         few = np.random.default_rng(self.seed).permutation(self.positions)[: max(10_000, CLUSTERED * self.n_clusters)]
-        features = torch.cat([f.cpu() for f in self._teach(few, mirrored=False)])
+        features = torch.cat([one.cpu() for one in self._teach(few)])
         centroids, _ = kmeans(features.numpy(), self.n_clusters, spherical=True, seed=self.seed)
         found = torch.from_numpy(centroids)
         if not first:
-            before = features @ self.centroids.cpu().T
-            now = features @ found.T
+            before, now = ((features @ c.T).argmax(1).numpy() for c in (self.centroids.cpu(), found))
             counts = np.zeros((self.n_clusters, self.n_clusters), dtype=np.int64)
-            np.add.at(counts, (before.argmax(1).numpy(), now.argmax(1).numpy()), 1)
+            np.add.at(counts, (before, now), 1)
             found = found[torch.from_numpy(match_clusters(counts))]
-        self.centroids.copy_(found)
+        self.centroids.copy_(self._shared(found.to(self.device)))
+        if self.given_temperature is None:
+            viewed = torch.cat([one.cpu() for one in self._teach(few, self.views)])
+            c = self.centroids.cpu()
+            likeliest = likeliest_temperature(features @ c.T, (viewed @ c.T).argmax(1))
+            self.temperature.copy_(self._shared(torch.tensor(likeliest, device=self.device)))
         self.targets = self._soft_assignments()
+
+    def _shared(self, value: Tensor) -> Tensor:
+        """The first process's value."""
+        return value if self._trainer is None else self.trainer.strategy.broadcast(value)
 
     def _soft_assignments(self) -> Tensor:
         """The teacher's answer on every image to train on; rows of others stay 0: (N, K)."""
         targets = torch.zeros(len(self.pixels), self.n_clusters)
-        ways = (False, True) if self.mirror else (False,)
-        for mirrored in ways:
+        ways: list[Callable[[Tensor], Tensor]] = [_as_it_is, _mirrored] if self.mirror else [_as_it_is]
+        for way in ways:
             at = 0
-            for features in self._teach(self.positions, mirrored):
+            for features in self._teach(self.positions, way):
                 soft = (features @ self.centroids.T / self.temperature).softmax(1)
                 targets[self.positions[at : at + len(soft)]] += soft.cpu() / len(ways)
                 at += len(soft)
         return targets
 
-    def _teach(self, positions: np.ndarray, mirrored: bool) -> Iterator[Tensor]:
-        """The teacher's final features of images, of unit length, batch by batch: (B, F) float32."""
+    def _teach(self, positions: np.ndarray, way: Callable[[Tensor], Tensor] = _as_it_is) -> Iterator[Tensor]:
+        """The teacher's final features of images seen in some way, of unit length, batch by batch: (B, F) float32."""
         self.teacher.eval()
-        for at in range(0, len(positions), BATCH):
-            _, pixels = self.pixels[positions[at : at + BATCH]]
-            pixels = pixels.to(self.device)
-            with torch.no_grad():
-                features = self.teacher(self.prepared(pixels.flip(3) if mirrored else pixels))[1]
+        for pixels in self.pixels.batches(positions, BATCH):
+            images = self.prepared(way(pixels.to(self.device)))
+            with torch.no_grad(), self._precision():
+                features = self.teacher.output(self.teacher.staged(images))
             yield F.normalize(features.float(), dim=1)
+
+    def _precision(self) -> AbstractContextManager[Any]:
+        return nullcontext() if self._trainer is None else self.trainer.precision_plugin.forward_context()
 
 
 def _head(dim: int, hidden: int, width: int) -> nn.Module:

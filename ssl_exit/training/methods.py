@@ -2,12 +2,13 @@
 
 import inspect
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
 from ssl_exit.data.preprocessing import Preprocessing
-from ssl_exit.data.views import DrawingViews, light_views, moco_views, simclr_views
+from ssl_exit.data.views import DrawingViews, PhotoViews, light_views, moco_views, simclr_views
 from ssl_exit.encoders.tapped import TappedEncoder
 from ssl_exit.errors import InputError
 from ssl_exit.training.contrastive import MoCo, SimCLR
@@ -56,4 +57,6 @@ def build_training(
         if option not in known:
             raise InputError(f"method {method!r} has no option {option!r}; it has {known}")
     make = VIEWS[views](preprocessing.size)
+    if isinstance(make, PhotoViews) and not (options or {}).get("mirror", True):
+        make = replace(make, flip=0.0)
     return METHODS[method](tapped, make, preprocessing, optimization or Optimization(), **dict(options or {}))

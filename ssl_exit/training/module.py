@@ -2,7 +2,7 @@
 
 import copy
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -10,7 +10,8 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from lightly.models.utils import deactivate_requires_grad
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
 
 from ssl_exit.data.pixels import Pixels
 from ssl_exit.data.preprocessing import Preprocessing
@@ -18,6 +19,7 @@ from ssl_exit.encoders.tapped import TappedEncoder
 from ssl_exit.errors import InputError
 
 Module = TypeVar("Module", bound=nn.Module)
+MODAL = (F.dropout, F.dropout2d, F.alpha_dropout, F.feature_alpha_dropout, F.batch_norm)
 OPTIMIZERS = ("sgd", "adamw")
 SCHEDULES = ("cosine", "one_cycle")
 
@@ -75,15 +77,16 @@ class ExitTraining(pl.LightningModule):
         optimization: Optimization,
     ) -> None:
         super().__init__()
+        check_trainable(tapped)
         self.tapped = tapped
         self.views, self.preprocessing, self.optimization = views, preprocessing, optimization
 
     @abstractmethod
-    def losses(self, positions: Tensor, views: Sequence[Tensor]) -> dict[str, Tensor]:
+    def losses(self, given: Tensor, views: Sequence[Tensor]) -> dict[str, Tensor]:
         """What is minimised, "loss", and whatever else is worth a curve.
 
         Args:
-            positions: of the images in the data, (B,) int64.
+            given: positions of the images in the data, (B,) int64, or what `on_before_batch_transfer` made of them.
             views: standardised, (B, C, H, W) each.
         """
 
@@ -105,8 +108,8 @@ class ExitTraining(pl.LightningModule):
         return features.float()
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> tuple[Tensor, list[Tensor]]:
-        positions, pixels = batch
-        return positions, [self.prepared(self.views(pixels)) for _ in range(self.n_views)]
+        given, pixels = batch
+        return given, [self.prepared(self.views(pixels)) for _ in range(self.n_views)]
 
     def training_step(self, batch: tuple[Tensor, list[Tensor]], batch_idx: int) -> Tensor:
         found = self.losses(*batch)
@@ -126,8 +129,26 @@ class ExitTraining(pl.LightningModule):
         if how.schedule == "cosine":
             schedule: Any = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
         else:
-            schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, how.learning_rate, total_steps=steps)
+            schedule = torch.optim.lr_scheduler.OneCycleLR(
+                optimizer, how.learning_rate, total_steps=steps, cycle_momentum=False
+            )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def check_trainable(tapped: TappedEncoder) -> None:
+    """Refuse an encoder whose graph would train as if it were in eval mode.
+
+    Raises:
+        InputError: it calls F.dropout or F.batch_norm, whose mode was fixed when it was traced.
+    """
+    for stage in tapped.staged.stages:
+        nodes: Iterable[fx.Node] = stage.graph.nodes if isinstance(stage, fx.GraphModule) else []
+        fixed = {node.target.__name__ for node in nodes if node.target in MODAL}
+        if fixed:
+            raise InputError(
+                f"the encoder calls {sorted(fixed)} as functions; its graph fixes their training mode: use modules "
+                "(nn.Dropout, nn.BatchNorm2d), or give the encoder as a list of modules"
+            )
 
 
 def frozen_copy(module: Module) -> Module:

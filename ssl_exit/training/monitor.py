@@ -42,7 +42,7 @@ class NeighbourMonitor(pl.Callback):
         return float((predicted == targets[self.held]).mean())
 
     def _features(self, module: pl.LightningModule, positions: np.ndarray) -> Tensor:
-        batches = (self.pixels[positions[a : a + BATCH]][1] for a in range(0, len(positions), BATCH))
+        batches = self.pixels.batches(positions, BATCH)
         return torch.cat([module.features(x.to(module.device)) for x in batches])  # type: ignore[operator]
 
 

@@ -1,8 +1,10 @@
 """Running a training: devices, precision, checkpoints, resuming, logs, and what goes wrong."""
 
 import errno
+import io
 import logging
 import signal
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,15 +17,19 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import ModelCheckpoint, TQDMProgressBar
 from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger
+from pytorch_lightning.plugins.io import TorchCheckpointIO
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ssl_exit.data.pixels import EpochOrder, Pixels, PixelsInMemory, open_pixels
 from ssl_exit.errors import InputError
 from ssl_exit.parameters import usable_device
+from ssl_exit.storage import whole_file
 from ssl_exit.training.module import ExitTraining
 from ssl_exit.training.monitor import NeighbourMonitor
 
+DEVICES = ("auto", "cpu", "cuda")
+PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed")
 LOGGERS = ("csv", "tensorboard", "none")
 CHECKPOINTS, LOGS = "checkpoints", "logs"
 KEPT = 2  # checkpoints
@@ -67,7 +73,7 @@ def train(
         monitor_share: of the images, kept out of training to see how well nearest neighbours classify them; used if
             the images have classes.
         monitor_every: epochs between two looks.
-        precision: "32-true", "bf16-mixed", what else Lightning takes, or "auto": bfloat16 where hardware has it.
+        precision: "32-true", "bf16-mixed", "16-mixed", or "auto": bfloat16 where hardware has it.
         device: "auto", "cpu" or "cuda".
         devices: how many; with more than one, DistributedDataParallel, negatives gathered from all.
         num_workers: processes that decode images, where these are not in memory.
@@ -86,12 +92,18 @@ def train(
         )
     if batch_size % devices or batch_size < 2 * devices:
         raise InputError(f"batch_size must be a multiple of devices, at least two each; got {batch_size}, {devices}")
-    if logger not in LOGGERS:
-        raise InputError(f"logger must be one of {LOGGERS}; got {logger!r}")
+    if logger not in LOGGERS or precision not in PRECISIONS:
+        raise InputError(
+            f"logger must be one of {LOGGERS} and precision one of {PRECISIONS}; got {logger!r} and {precision!r}"
+        )
     if resume and out is None:
         raise InputError("resume needs a folder with checkpoints: give out")
+    if device not in DEVICES:
+        raise InputError(f"device must be one of {DEVICES}; choose a GPU by CUDA_VISIBLE_DEVICES; got {device!r}")
     kind = usable_device(device).type
-    pixels = data if isinstance(data, Pixels) else open_pixels(data, module.preprocessing, num_workers)
+    if kind == "cuda" and devices > torch.cuda.device_count():
+        raise InputError(f"devices={devices} were asked for; there are {torch.cuda.device_count()}")
+    pixels = data if isinstance(data, Pixels) else open_pixels(data, module.preprocessing, num_workers, devices)
     order = np.random.default_rng(seed).permutation(len(pixels))
     held = order[: round(monitor_share * len(order)) if pixels.targets is not None else 0]
     positions = np.sort(order[len(held) :])
@@ -100,7 +112,14 @@ def train(
             f"{len(positions)} images do not fill one batch of {batch_size}; lower batch_size or give more images"
         )
     settings = (settings or {}) | {"seed": seed, "batch_size": batch_size, "epochs": epochs, "images": len(pixels)}
+    channels = pixels[positions[:1]][1].shape[1]
+    if channels != len(module.preprocessing.mean):
+        raise InputError(
+            f"the images have {channels} channels and mean and std {len(module.preprocessing.mean)}: give one entry a "
+            "channel"
+        )
     newest = find_checkpoint(out, resume, settings) if out else None
+    begun = 0 if newest is None else epoch_of(newest) + 1
     guard = _Guard(settings, seed, out)
     callbacks: list[pl.Callback] = [guard]
     if len(held):
@@ -119,15 +138,16 @@ def train(
                 save_on_train_epoch_end=True,
             )
         )
-    with _quiet(), seeded(seed):
+    with _quiet(), seeded(seed, kind):
         trainer = pl.Trainer(
             accelerator="gpu" if kind == "cuda" else "cpu",
             devices=devices,
             strategy="ddp" if devices > 1 else "auto",
             precision=best_precision(kind) if precision == "auto" else precision,  # type: ignore[arg-type]
             max_epochs=epochs,
-            logger=_logger(logger, out, newest),
+            logger=_logger(logger, out, begun),
             callbacks=callbacks,
+            plugins=[_WholeFiles()],
             log_every_n_steps=10,
             enable_progress_bar=progress,
             enable_model_summary=False,
@@ -136,6 +156,7 @@ def train(
             default_root_dir=out,
         )
         sampler = EpochOrder(positions, batch_size, seed, trainer.global_rank, trainer.world_size)
+        sampler.set_epoch(begun)  # Lightning says so too late for workers that fetch ahead
         workers = 0 if isinstance(pixels, PixelsInMemory) else num_workers
         loader = DataLoader(
             pixels,
@@ -162,9 +183,10 @@ def train(
         except SystemExit as stop:  # Lightning's answer to an interrupt
             raise KeyboardInterrupt from stop
         finally:
-            signal.signal(signal.SIGINT, before)
             module.to("cpu", memory_format=torch.contiguous_format)
             module.eval()
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGINT, before)
 
 
 def find_checkpoint(out: Path, resume: bool, settings: dict[str, Any]) -> Path | None:
@@ -196,6 +218,11 @@ def find_checkpoint(out: Path, resume: bool, settings: dict[str, Any]) -> Path |
 def checkpoints_in(out: Path) -> list[Path]:
     """Checkpoints of a training, oldest first."""
     return sorted((out / CHECKPOINTS).glob("epoch-*.ckpt"))
+
+
+def epoch_of(checkpoint: Path) -> int:
+    """The epoch after which a checkpoint was written, from 0."""
+    return int(checkpoint.stem.partition("-")[2])
 
 
 def best_precision(kind: str) -> str:
@@ -238,13 +265,16 @@ class _Guard(pl.Callback):
 
     def _remove_old(self, trainer: pl.Trainer) -> None:
         if self.out and trainer.is_global_zero:
-            for old in checkpoints_in(self.out)[:-KEPT]:
+            drafts = (self.out / CHECKPOINTS).glob(".epoch-*")  # of a run that was killed
+            for old in [*checkpoints_in(self.out)[:-KEPT], *drafts]:
                 old.unlink()
 
     def _check(self, trainer: pl.Trainer) -> None:
         losses, self.losses = self.losses, []
         finite = torch.stack(losses).isfinite().tolist() if losses else []
-        if not all(finite):
+        if not trainer.strategy.reduce_boolean_decision(all(finite)):  # all processes stop, or none
+            if all(finite):
+                raise InputError("the loss of another process is not finite")
             step = trainer.global_step - len(finite) + finite.index(False)
             last = trainer.checkpoint_callback
             path = getattr(last, "best_model_path", "") or "none yet"
@@ -254,21 +284,30 @@ class _Guard(pl.Callback):
             )
 
 
-def _logger(kind: str, out: Path | None, newest: Path | None) -> Logger | bool:
+class _WholeFiles(TorchCheckpointIO):
+    """Checkpoints that appear whole or not at all, on any file system."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        whole = io.BytesIO()  # torch's own writer turns a full disk into an error without its number
+        torch.save(checkpoint, whole)
+        with whole_file(Path(path)) as draft:
+            draft.write_bytes(whole.getbuffer())
+
+
+def _logger(kind: str, out: Path | None, begun: int) -> Logger | bool:
     if out is None or kind == "none":
         return False
     if kind == "tensorboard":
         if not (find_spec("tensorboard") or find_spec("tensorboardX")):
             raise InputError("logger 'tensorboard' needs tensorboard: pip install tensorboard; or use logger 'csv'")
         return TensorBoardLogger(out, LOGS, version="")
-    begun = 0 if newest is None else int(newest.stem.partition("-")[2]) + 1
     return CSVLogger(out, LOGS, version=f"from-epoch-{begun:04d}")  # it deletes what a version wrote before
 
 
 @contextmanager
-def seeded(seed: int) -> Iterator[None]:
+def seeded(seed: int, kind: str = "cpu") -> Iterator[None]:
     """Draw from a seed for a while; the global generators go on afterwards as if nothing had been."""
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if kind == "cuda" else []):
         torch.manual_seed(seed)
         yield
 

@@ -36,11 +36,30 @@ def test_unreadable_images_are_left_out_or_replaced(image_folder, monkeypatch):
     assert len(memory) == 59
     assert memory.targets.tolist() == [0] * 5 + [i // 6 for i in range(6, 60)]
     monkeypatch.setattr(module, "MEMORY_SHARE", 0)
-    positions, images = open_pixels(image_folder, SMALL)[[0, 1, 2]]
-    assert positions.tolist() == [0, 2, 0]
-    assert torch.equal(images[0], images[2])
+    disk = open_pixels(image_folder, SMALL)
+    with pytest.warns(UserWarning, match=rf"0/{bad.name} cannot be read; others stand in"):
+        positions, images = disk[[0, 1, 2]]
+    assert positions.tolist() == [0, 0, 2]  # in its place: the others keep theirs
+    assert torch.equal(images[0], images[1])
+    assert torch.equal(images[2], memory[[1]][1][0])
     with pytest.raises(InputError, match="none of a batch of 1"):
         open_pixels(image_folder, SMALL)[[1]]
+
+
+@pytest.mark.parametrize("share", [0, 0.25])
+def test_batches_come_in_order(image_folder, monkeypatch, share):
+    monkeypatch.setattr(module, "MEMORY_SHARE", share)
+    pixels = open_pixels(image_folder, SMALL, num_workers=2)
+    order = np.array([7, 3, 59, 0, 21])
+    batches = list(pixels.batches(order, 2))
+    assert [len(b) for b in batches] == [2, 2, 1]
+    assert torch.equal(torch.cat(batches), pixels[order][1])
+
+
+def test_processes_that_hold_the_same_images_share_the_memory(image_folder, monkeypatch):
+    monkeypatch.setattr(module, "memory", lambda: 4 * 60 * 64)  # bytes: a quarter holds the folder once
+    assert isinstance(open_pixels(image_folder, SMALL), PixelsInMemory)
+    assert isinstance(open_pixels(image_folder, SMALL, processes=2), PixelsOnDisk)
 
 
 def test_a_folder_of_unreadable_images_is_an_error(image_folder):

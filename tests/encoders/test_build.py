@@ -9,6 +9,7 @@ from torch import nn
 
 from ssl_exit import EncoderSpec
 from ssl_exit.encoders.resnet_cifar import resnet18_cifar, resnet18_lightly, resnet18_sololearn, resnet20_cifar
+from ssl_exit.encoders.tapped import TappedEncoder
 from ssl_exit.errors import InputError
 
 
@@ -138,6 +139,20 @@ def test_a_checkpoint_that_lightning_wrote(tmp_path):
     trainer.strategy.connect(module)
     trainer.save_checkpoint(tmp_path / "w.ckpt")
     assert same(EncoderSpec("resnet20_cifar", str(tmp_path / "w.ckpt")).build(), module.model)
+
+
+def test_an_encoder_that_is_there_twice_under_unknown_names(tmp_path):
+    torch.save(nested(first=resnet20_cifar(), second=resnet20_cifar()), tmp_path / "w.pt")
+    with pytest.raises(InputError, match=r"under 'first\.' and under 'second\.': keep the one you want"):
+        EncoderSpec("resnet20_cifar", str(tmp_path / "w.pt")).build()
+
+
+def test_checkpoints_of_this_library(tmp_path):
+    encoder = resnet20_cifar()
+    tapped = TappedEncoder.build(encoder, "auto", torch.zeros(1, 3, 32, 32))
+    state = nested(tapped=tapped, key_tapped=TappedEncoder.build(resnet20_cifar(), "auto", torch.zeros(1, 3, 32, 32)))
+    torch.save({"state_dict": state}, tmp_path / "w.ckpt")
+    assert same(EncoderSpec("resnet20_cifar", str(tmp_path / "w.ckpt")).build(), encoder)
 
 
 def test_stems_for_small_images():

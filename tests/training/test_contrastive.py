@@ -117,7 +117,7 @@ def test_keys_come_from_shuffled_groups_and_return_in_order(digits, monkeypatch)
 def test_training_makes_neighbours_of_one_class(digits, method, exit_weight):
     encoder, module = build(method, exit_weight=exit_weight, temperature=0.2)
     before = knn(encoder, digits)
-    train(module, digits[:900], epochs=15, batch_size=128, progress=False)
+    train(module, digits[:900], epochs=20, batch_size=128, progress=False)
     assert knn(encoder, digits) > before + 0.015
     assert not module.training
 
@@ -163,6 +163,20 @@ def test_exits_take_no_part_without_a_weight():
 def test_what_cannot_be_trained(method, options, message):
     with pytest.raises(InputError, match=message):
         build(method, **options)
+
+
+def test_a_graph_that_would_train_as_in_eval_mode_is_refused(digits):
+    class Functional(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two = torch.nn.Conv2d(1, 4, 3), torch.nn.Conv2d(4, 4, 3)
+
+        def forward(self, x):
+            return self.two(F.dropout(self.one(x).relu(), 0.5, self.training)).mean((2, 3))
+
+    tapped = TappedEncoder.build(Functional(), ["one"], digits[:1])
+    with pytest.raises(InputError, match=r"calls \['dropout'\] as functions"):
+        build_training("simclr", tapped, SMALL)
 
 
 def test_views_and_optimisers_that_do_not_exist():

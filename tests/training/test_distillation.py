@@ -60,17 +60,21 @@ def test_targets_are_the_teachers_answers(weights, digits, mirror):
     torch.testing.assert_close(module.centroids.norm(dim=1), torch.ones(10))
 
 
-@pytest.mark.parametrize("exit_loss", ["soft", "eenet", "none"])
-def test_the_loss_is_its_equation(weights, digits, exit_loss):
-    _, module = begun(weights, digits, exit_loss=exit_loss, final_weight=3.0)
+@pytest.mark.parametrize(("exit_loss", "mutual"), [("soft", 0.0), ("soft", 0.4), ("eenet", 0.0), ("none", 0.4)])
+def test_the_loss_is_its_equation(weights, digits, exit_loss, mutual):
+    _, module = begun(weights, digits, exit_loss=exit_loss, final_weight=3.0, temperature=0.1, mutual=mutual)
     module.eval()
     rows = torch.tensor([150, 300, 450, 600])
-    found = module.losses(rows, [digits[rows]])
+    target, images = module.on_before_batch_transfer((rows, digits[rows]), 0)
+    assert torch.equal(target, module.targets[rows])
+    found = module.losses(target, [images])
     described, output = module.tapped(digits[rows])
-    target = module.targets[rows]
     logits = F.normalize(output, dim=1) @ module.centroids.T / 0.1
-    final = -(target * logits.log_softmax(1)).sum(1).mean()
     outputs = [h(described[:, c]) for h, c in zip(module.heads, module.tapped.columns, strict=False)]
+    softened = target
+    if outputs:
+        softened = (1 - mutual) * target + mutual * sum(z[:, :10].softmax(1) for z in outputs) / len(outputs)
+    final = -(softened * logits.log_softmax(1)).sum(1).mean()
     if exit_loss == "soft":
         exits = sum(-(target * z.log_softmax(1)).sum(1).mean() for z in outputs) / len(outputs)
     if exit_loss == "eenet":
@@ -81,6 +85,33 @@ def test_the_loss_is_its_equation(weights, digits, exit_loss):
         exits = cost_aware_loss(y, h, end, module.costs, 1.0) / len(outputs)
     expected = final if exit_loss == "none" else 3 * final + exits
     torch.testing.assert_close(found["loss"], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_the_first_half_of_a_round_trains_answers_alone(weights, digits):
+    _, module = begun(weights, digits, exit_loss="eenet", temperature=0.1)
+    module.eval()
+    module.answers_alone = True
+    rows = torch.tensor([150, 300])
+    found = module.losses(module.targets[rows], [digits[rows]])
+    described, _ = module.tapped(digits[rows])
+    outputs = [h(described[:, c])[:, :10] for h, c in zip(module.heads, module.tapped.columns, strict=False)]
+    each = [-(module.targets[rows] * z.log_softmax(1)).sum(1).mean() for z in outputs]
+    torch.testing.assert_close(found["exits"], sum(each) / len(each), atol=1e-4, rtol=1e-4)
+
+
+def test_the_temperature_is_that_at_which_views_are_foretold_best(weights, digits):
+    encoder, module = begun(weights, digits)
+    with torch.no_grad():
+        cosines = F.normalize(encoder.eval()(digits[100:700]), dim=1) @ module.centroids.T
+        views = [F.normalize(encoder(module.views(digits[100:700])), dim=1) @ module.centroids.T for _ in range(10)]
+
+    def loss(temperature: float) -> float:
+        log_p = (cosines / temperature).log_softmax(1)
+        return sum(F.nll_loss(log_p, z.argmax(1)).item() for z in views)
+
+    t = module.temperature.item()
+    assert loss(t) < min(loss(t / 1.7), loss(t * 1.7))
+    assert begun(weights, digits, temperature=0.2)[1].temperature.item() == pytest.approx(0.2)
 
 
 def test_cost_aware_loss_by_hand():
@@ -131,10 +162,23 @@ def test_exits_become_cheaper(weights, digits):
     ("options", "message"),
     [
         ({"exit_loss": "hard"}, "exit_loss must be one of"),
+        ({"hidden": 0}, "rounds and hidden >= 1"),
         ({"rounds": 0}, "rounds and hidden >= 1"),
+        ({"mutual": 1.0}, "mutual must lie in"),
         ({"temperature": 0.0}, "temperature > 0"),
     ],
 )
 def test_what_cannot_be_distilled(weights, options, message):
     with pytest.raises(InputError, match=message):
         build(weights, **options)
+
+
+def test_more_rounds_than_epochs(weights, digits):
+    with pytest.raises(InputError, match="3 rounds do not fit into 2 epochs"):
+        train(build(weights, rounds=3)[1], digits[:300], epochs=2, progress=False)
+
+
+def test_images_that_mean_something_else_in_a_mirror_are_not_flipped(weights):
+    _, module = build(weights)
+    for mirror, flip in ((True, 0.5), (False, 0.0)):
+        assert build_training("distill", module.tapped, SMALL, options={"mirror": mirror}).views.flip == flip

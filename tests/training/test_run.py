@@ -17,6 +17,7 @@ from ssl_exit.data.preprocessing import Preprocessing
 from ssl_exit.demo import digits_encoder
 from ssl_exit.encoders.tapped import TappedEncoder
 from ssl_exit.errors import InputError
+from ssl_exit.training.contrastive import SimCLR
 from ssl_exit.training.logs import read_curve
 from ssl_exit.training.methods import build_training
 from ssl_exit.training.module import Optimization
@@ -89,6 +90,31 @@ def test_stopped_and_resumed_likewise(tmp_path, words, monkeypatch):
     assert stopped.value.code == 130
     main(command(tmp_path / "stopped", *words, "--resume", "true"))
     joined(tmp_path / "whole", tmp_path / "stopped")
+
+
+def test_images_that_workers_fetch_ahead_come_in_the_same_order_after_a_stop(tmp_path, image_folder, monkeypatch):
+    monkeypatch.setattr("ssl_exit.data.pixels.MEMORY_SHARE", 0)
+    words = ["--epochs", "4", "--batch-size", "10", "--num-workers", "2", "--monitor-share", "0"]
+    words += ["--data", str(image_folder)]
+    seen: list[tuple[int, list[int]]] = []
+    stop_at = None
+    losses = SimCLR.losses
+
+    def noted(self, given, views):
+        if self.current_epoch == stop_at:
+            raise KeyboardInterrupt
+        seen.append((self.current_epoch, given.tolist()))
+        return losses(self, given, views)
+
+    monkeypatch.setattr(SimCLR, "losses", noted)
+    main(command(tmp_path / "whole", *words))
+    whole, seen, stop_at = seen, [], 2
+    with pytest.raises(SystemExit):
+        main(command(tmp_path / "stopped", *words))
+    stop_at = None
+    main(command(tmp_path / "stopped", *words, "--resume", "true"))
+    assert len(whole) == 24
+    assert seen == whole
 
 
 def test_what_it_writes_can_be_fitted_and_says_how_near_neighbours_are(tmp_path, capsys, image_folder):
@@ -172,7 +198,8 @@ def test_a_loss_that_is_not_finite_stops_with_its_step_and_the_last_good_checkpo
         ({"epochs": 0}, "epochs, batch_size"),
         ({"batch_size": 1}, "batch_size must be a multiple of devices, at least two each"),
         ({"logger": "wandb"}, "logger must be one of"),
-        ({"device": "tpu9"}, "device 'tpu9' cannot be used"),
+        ({"device": "cuda:1"}, "device must be one of"),
+        ({"precision": "int8"}, "precision one of"),
         ({"resume": True}, "resume needs a folder"),
     ],
 )
