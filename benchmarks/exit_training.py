@@ -38,7 +38,7 @@ from ssl_exit.training import Optimization, build_training, train
 from ssl_exit.training.monitor import knn_accuracy_predictions
 
 HOW = PREPROCESSING["simclr"]
-EXITS = ["layer1.0", "layer1.1", "layer1.2", "layer2.0", "layer2.1", "layer2.2", "layer3.0", "layer3.1"]
+EXITS = ["layer1.1", "layer2.0", "layer2.2", "layer3.1"]  # that losses look at; clusterers choose their own
 METHODS = {
     "simclr": {"temperature": 0.2, "hidden": 256},
     "moco": {"temperature": 0.1, "hidden": 256},
@@ -142,7 +142,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--distill-epochs", type=int, default=6)
     parser.add_argument("--rate", type=float, default=0.4)
-    parser.add_argument("--distill-rate", type=float, default=0.1)
+    parser.add_argument("--distill-rate", type=float, default=0.05)
     parser.add_argument("--options", type=json.loads, default={}, help="of self-distillation, JSON")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--rule", default="mlp")

@@ -94,6 +94,10 @@ class TappedEncoder(nn.Module):
         """Entries of the descriptor that each exit sees."""
         return [columns.stop - columns.start for columns in self.columns]
 
+    def final_features(self, images: Tensor) -> Tensor:
+        """Final features, (N, F), without any descriptor."""
+        return self.output(self.staged(images))
+
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """All descriptors side by side, (N, dim), and final features, (N, F)."""
         described = []

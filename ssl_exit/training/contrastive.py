@@ -55,8 +55,11 @@ class _Contrastive(ExitTraining):
 
     def _projections(self, tapped: TappedEncoder, heads: nn.ModuleList, images: Tensor) -> list[Tensor]:
         """Of the encoder's output first, then of every exit: (N, C, H, W) -> (N, P) float32 each."""
-        described, output = tapped(images)
-        inputs = [output, *(described[:, a:b] for a, b in pairwise(self.ends))]
+        if len(heads) == 1:
+            inputs = [tapped.final_features(images)]
+        else:
+            described, output = tapped(images)
+            inputs = [output, *(described[:, a:b] for a, b in pairwise(self.ends))]
         return [head(x).float() for head, x in zip(heads, inputs, strict=True)]
 
     def _total(self, each: Sequence[Tensor]) -> dict[str, Tensor]:

@@ -212,7 +212,7 @@ class SelfDistillation(ExitTraining):
         for pixels in self.pixels.batches(positions, BATCH):
             images = self.prepared(way(pixels.to(self.device)))
             with torch.no_grad(), self._precision():
-                features = self.teacher.output(self.teacher.staged(images))
+                features = self.teacher.final_features(images)
             yield F.normalize(features.float(), dim=1)
 
     def _precision(self) -> AbstractContextManager[Any]:

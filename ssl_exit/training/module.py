@@ -103,7 +103,7 @@ class ExitTraining(pl.LightningModule):
         was = self.tapped.training
         self.tapped.eval()
         with torch.no_grad():
-            features = self.tapped(self.prepared(pixels))[1]
+            features = self.tapped.final_features(self.prepared(pixels))
         self.tapped.train(was)
         return features.float()
 

@@ -142,7 +142,7 @@ def summaries(views: torch.Tensor, whole: torch.Tensor) -> dict[str, np.ndarray]
 
 
 def p_values(photo: Image.Image, ours: PhotoViews, theirs) -> dict[str, float]:
-    n = 1500
+    n = 1000
     pixels = torch.from_numpy(np.array(photo)).permute(2, 0, 1)[None]
     whole = pixels[0].float().mean(0) / 255
     torch.manual_seed(1)
