@@ -68,7 +68,8 @@ def run_demo(out: Path | None, seed: int, epochs: int, progress: bool = True) ->
         tapped = TappedEncoder.build(encoder, "auto", images[:1])
         how = Optimization("adamw", learning_rate=2e-3, weight_decay=1e-4, schedule="one_cycle")
         training = SimCLR(tapped, DrawingViews(), PREPROCESSING, how, temperature=0.2, hidden=128, projection=64)
-    train(training, PixelsInMemory(images[fit]), epochs=epochs, batch_size=128, seed=seed, progress=progress)
+    parts = PixelsInMemory(images[fit])
+    train(training, parts, epochs=epochs, batch_size=128, precision="32-true", seed=seed, progress=progress)
     with tempfile.TemporaryDirectory() as scratch:
         weights = Path(scratch) / "encoder.safetensors"
         save_file(encoder.state_dict(), weights)

@@ -88,7 +88,7 @@ class SelfDistillation(ExitTraining):
         exit_loss: str = "soft",
         final_weight: float = 2.0,
         temperature: float | None = None,
-        mutual: float = 0.5,
+        mutual: float = 0.8,
         mirror: bool = True,
         hidden: int = 128,
         tradeoff: float = 1.0,

@@ -4,6 +4,7 @@ import errno
 import io
 import logging
 import signal
+import sys
 import threading
 import warnings
 from collections.abc import Iterator
@@ -118,6 +119,7 @@ def train(
             f"the images have {channels} channels and mean and std {len(module.preprocessing.mean)}: give one entry a "
             "channel"
         )
+    progress = progress and sys.stdout.isatty()
     newest = find_checkpoint(out, resume, settings) if out else None
     begun = 0 if newest is None else epoch_of(newest) + 1
     guard = _Guard(settings, seed, out)
