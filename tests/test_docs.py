@@ -4,10 +4,25 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from ssl_exit.exits.rules import RULES
+from ssl_exit.training.run import seeded
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
+
+
+def code_of(page: str) -> str:
+    return "\n".join(re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(), flags=re.DOTALL))
+
+
+def test_the_lines_on_training_run(rgb_digits):
+    with seeded(0):
+        encoder = torch.nn.Sequential(*(torch.nn.Conv2d(3, 3, 3, stride=2) for _ in range(4)))
+    before = encoder[0].weight.clone()
+    code = code_of("training.md").replace("epochs=200", "epochs=1")
+    exec(compile(code, "training.md", "exec"), {"encoder": encoder, "images": rgb_digits[:200].clamp(0, 1)})
+    assert not torch.equal(encoder[0].weight, before)
 
 
 @pytest.mark.parametrize("page", ["extend.md"])
@@ -15,7 +30,7 @@ DOCS = Path(__file__).resolve().parent.parent / "docs"
 def test_the_examples_of_a_page_run(page, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     known = dict(RULES)
-    code = "\n".join(re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(), flags=re.DOTALL))
+    code = code_of(page)
     try:
         exec(compile(code, str(DOCS / page), "exec"), {"__name__": "example"})
     finally:
