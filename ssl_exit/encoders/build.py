@@ -134,8 +134,8 @@ def read_state_dict(file: Path) -> dict[str, Tensor]:
         state = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise InputError(
-            f"weights file {str(file)!r} cannot be read without running code in it ({str(error).splitlines()[0]}). If "
-            "you trust it, keep its state dict alone: torch.save(torch.load(f, weights_only=False)['state_dict'], new)"
+            f"weights file {str(file)!r} is damaged, or holds more than tensors and is not read, because that would "
+            "run code in it; export its state dict as safetensors where it was written"
         ) from error
     except Exception as error:
         raise InputError(f"weights file {str(file)!r} cannot be read: {error}; expected a state dict") from error

@@ -36,12 +36,12 @@ def rule_classes(name: str) -> list[type[ExitRule]]:
     return [RULES[each] for each in names]
 
 
-def options_of(rule: type[ExitRule]) -> set[str]:
-    """Names of the options a rule takes: the keyword arguments of it and of the classes it derives from."""
+def options_of(cls: type) -> set[str]:
+    """Names of the options a class takes: the keyword arguments of it and of the classes it derives from."""
     found: set[str] = set()
-    for cls in rule.__mro__:
-        if "__init__" in vars(cls):
-            parameters = inspect.signature(vars(cls)["__init__"]).parameters
+    for base in cls.__mro__:
+        if "__init__" in vars(base):
+            parameters = inspect.signature(vars(base)["__init__"]).parameters
             found |= {p.name for p in parameters.values() if p.kind is p.KEYWORD_ONLY}
             if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
                 break

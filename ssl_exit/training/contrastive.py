@@ -14,7 +14,7 @@ are all other views of the batch. MoCo v2 (He et al., arXiv 1911.05722 and 2003.
 of f and g, and n_j are the keys of earlier batches, kept in a memory bank.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -25,33 +25,36 @@ from lightly.models.modules.memory_bank import MemoryBankModule
 from lightly.models.utils import batch_shuffle, batch_unshuffle, update_momentum
 from torch import Tensor, nn
 
-from ssl_exit.data.preprocessing import Preprocessing
 from ssl_exit.encoders.tapped import TappedEncoder
 from ssl_exit.errors import InputError
-from ssl_exit.training.module import ExitTraining, Optimization, frozen_copy
+from ssl_exit.training.module import ExitTraining, frozen_copy
 
 
 class _Contrastive(ExitTraining):
-    def __init__(
-        self,
-        tapped: TappedEncoder,
-        views: Callable[[Tensor], Tensor],
-        preprocessing: Preprocessing,
-        optimization: Optimization,
-        head: type[nn.Module],
-        exit_weight: float,
-        hidden: int,
-        projection: int,
-    ) -> None:
-        super().__init__(tapped, views, preprocessing, optimization)
+    """What both methods share.
+
+    Args:
+        common: see `ExitTraining`.
+        exit_weight: w; 0 is the plain method.
+        hidden: units of the heads' hidden layer.
+        projection: entries of a projection.
+
+    Raises:
+        InputError: numbers out of range.
+    """
+
+    head: type[nn.Module]
+
+    def __init__(self, *common: Any, exit_weight: float = 0.0, hidden: int = 512, projection: int = 128) -> None:
+        super().__init__(*common)
         if exit_weight < 0 or hidden < 1 or projection < 1:
             raise InputError(
                 f"exit_weight must be >= 0, hidden and projection >= 1; got {exit_weight}, {hidden} and {projection}"
             )
-        self.exit_weight = exit_weight
-        exits = [d.dim for d in tapped.descriptors] if exit_weight else []
+        self.exit_weight, self.projection = exit_weight, projection
+        exits = [d.dim for d in self.tapped.descriptors] if exit_weight else []
         self.ends = list(accumulate(exits, initial=0))
-        self.heads = nn.ModuleList(head(dim, hidden, projection) for dim in [tapped.output.dim, *exits])
+        self.heads = nn.ModuleList(self.head(dim, hidden, projection) for dim in [self.tapped.output.dim, *exits])
 
     def _projections(self, tapped: TappedEncoder, heads: nn.ModuleList, images: Tensor) -> list[Tensor]:
         """Of the encoder's output first, then of every exit: (N, C, H, W) -> (N, P) float32 each."""
@@ -74,31 +77,18 @@ class SimCLR(_Contrastive):
     """SimCLR (see above).
 
     Args:
-        tapped, views, preprocessing, optimization: see `ExitTraining`.
+        common: see `ExitTraining`.
         temperature: T.
-        exit_weight: w; 0 is plain SimCLR.
-        hidden: units of the heads' hidden layer.
-        projection: entries of a projection.
+        options: `exit_weight`, `hidden` and `projection`, as above.
 
     Raises:
         InputError: numbers out of range.
     """
 
-    def __init__(
-        self,
-        tapped: TappedEncoder,
-        views: Callable[[Tensor], Tensor],
-        preprocessing: Preprocessing,
-        optimization: Optimization,
-        *,
-        temperature: float = 0.5,
-        exit_weight: float = 0.0,
-        hidden: int = 512,
-        projection: int = 128,
-    ) -> None:
-        super().__init__(
-            tapped, views, preprocessing, optimization, SimCLRProjectionHead, exit_weight, hidden, projection
-        )
+    head = SimCLRProjectionHead
+
+    def __init__(self, *common: Any, temperature: float = 0.5, **options: Any) -> None:
+        super().__init__(*common, **options)
         self.criterion = contrastive_loss(temperature)
 
     def losses(self, given: Tensor, views: Sequence[Tensor]) -> dict[str, Tensor]:
@@ -114,44 +104,36 @@ class MoCo(_Contrastive):
     statistics shared by a query and its key would give the key away (MoCo's shuffled batch normalisation).
 
     Args:
-        tapped, views, preprocessing, optimization: see `ExitTraining`.
+        common: see `ExitTraining`.
         temperature: T.
-        exit_weight: w; 0 is plain MoCo.
-        hidden: units of the heads' hidden layer.
-        projection: entries of a projection.
         key_momentum: m of the moving average, key = m key + (1 - m) query.
         bank: keys in the memory bank, of each head its own.
         groups: of keys in a batch.
+        options: `exit_weight`, `hidden` and `projection`, as above.
 
     Raises:
         InputError: numbers out of range.
     """
 
+    head = MoCoProjectionHead
+
     def __init__(
         self,
-        tapped: TappedEncoder,
-        views: Callable[[Tensor], Tensor],
-        preprocessing: Preprocessing,
-        optimization: Optimization,
-        *,
+        *common: Any,
         temperature: float = 0.1,
-        exit_weight: float = 0.0,
-        hidden: int = 512,
-        projection: int = 128,
         key_momentum: float = 0.99,
         bank: int = 4096,
         groups: int = 8,
+        **options: Any,
     ) -> None:
-        super().__init__(
-            tapped, views, preprocessing, optimization, MoCoProjectionHead, exit_weight, hidden, projection
-        )
+        super().__init__(*common, **options)
         if not 0 <= key_momentum < 1 or min(bank, groups) < 1:
             raise InputError(
                 f"key_momentum must lie in [0, 1), bank and groups be >= 1; got {key_momentum}, {bank} and {groups}"
             )
         self.key_momentum, self.groups = key_momentum, groups
-        self.key_tapped, self.key_heads = frozen_copy(tapped), frozen_copy(self.heads)
-        self.criteria = nn.ModuleList(contrastive_loss(temperature, (bank, projection)) for _ in self.heads)
+        self.key_tapped, self.key_heads = frozen_copy(self.tapped), frozen_copy(self.heads)
+        self.criteria = nn.ModuleList(contrastive_loss(temperature, (bank, self.projection)) for _ in self.heads)
 
     def losses(self, given: Tensor, views: Sequence[Tensor]) -> dict[str, Tensor]:
         for query, key in ((self.tapped, self.key_tapped), (self.heads, self.key_heads)):

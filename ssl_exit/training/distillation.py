@@ -31,13 +31,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssl_exit.data.pixels import Pixels
-from ssl_exit.data.preprocessing import Preprocessing
-from ssl_exit.encoders.tapped import TappedEncoder
 from ssl_exit.errors import InputError
 from ssl_exit.exits.eenet import FIRST_STAGE, cost_aware_loss
 from ssl_exit.exits.kmeans import kmeans, match_clusters
 from ssl_exit.exits.rules import likeliest_temperature
-from ssl_exit.training.module import ExitTraining, Optimization, frozen_copy
+from ssl_exit.training.module import ExitTraining, frozen_copy
 
 EXIT_LOSSES = ("soft", "eenet", "none")
 BATCH = 512  # images the teacher sees at a time
@@ -56,7 +54,7 @@ class SelfDistillation(ExitTraining):
     """Exits learn the final clusters (see above).
 
     Args:
-        tapped, views, preprocessing, optimization: see `ExitTraining`; `light_views` suit it.
+        common: see `ExitTraining`; `light_views` suit it.
         n_clusters: K.
         rounds: of k-means and training in turn, of equally many epochs.
         exit_loss: "soft", "eenet", or "none": the final layer alone.
@@ -78,11 +76,7 @@ class SelfDistillation(ExitTraining):
 
     def __init__(
         self,
-        tapped: TappedEncoder,
-        views: Callable[[Tensor], Tensor],
-        preprocessing: Preprocessing,
-        optimization: Optimization,
-        *,
+        *common: Any,
         n_clusters: int = 10,
         rounds: int = 1,
         exit_loss: str = "soft",
@@ -93,7 +87,7 @@ class SelfDistillation(ExitTraining):
         hidden: int = 128,
         tradeoff: float = 1.0,
     ) -> None:
-        super().__init__(tapped, views, preprocessing, optimization)
+        super().__init__(*common)
         if exit_loss not in EXIT_LOSSES:
             raise InputError(f"exit_loss must be one of {EXIT_LOSSES}; got {exit_loss!r}")
         heat = 1.0 if temperature is None else temperature
@@ -110,11 +104,11 @@ class SelfDistillation(ExitTraining):
         self.given_temperature, self.answers_alone = temperature, False
         self.register_buffer("temperature", torch.tensor(heat))
         width = n_clusters + (exit_loss == "eenet")
-        exits = [] if exit_loss == "none" else tapped.seen
+        exits = [] if exit_loss == "none" else self.tapped.seen
         self.heads = nn.ModuleList(_head(dim, hidden, width) for dim in exits)
-        self.teacher = frozen_copy(tapped)
-        self.register_buffer("centroids", torch.zeros(n_clusters, tapped.output.dim))
-        macs = torch.tensor(tapped.staged.macs, dtype=torch.float64).cumsum(0)
+        self.teacher = frozen_copy(self.tapped)
+        self.register_buffer("centroids", torch.zeros(n_clusters, self.tapped.output.dim))
+        macs = torch.tensor(self.tapped.staged.macs, dtype=torch.float64).cumsum(0)
         self.costs = (macs / macs[-1]).float()
 
     def attach(self, pixels: Pixels, positions: np.ndarray, seed: int) -> None:

@@ -1,6 +1,5 @@
 """Ways of training and kinds of views by name."""
 
-import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -11,6 +10,7 @@ from ssl_exit.data.preprocessing import Preprocessing
 from ssl_exit.data.views import DrawingViews, PhotoViews, light_views, moco_views, simclr_views
 from ssl_exit.encoders.tapped import TappedEncoder
 from ssl_exit.errors import InputError
+from ssl_exit.exits.registry import options_of
 from ssl_exit.training.contrastive import MoCo, SimCLR
 from ssl_exit.training.distillation import SelfDistillation
 from ssl_exit.training.module import ExitTraining, Optimization
@@ -51,8 +51,7 @@ def build_training(
     views = {"distill": "light"}.get(method, method) if views == "auto" else views
     if views not in VIEWS:
         raise InputError(f"views must be 'auto' or one of {sorted(VIEWS)}; got {views!r}")
-    parameters = inspect.signature(METHODS[method]).parameters.values()
-    known = sorted(p.name for p in parameters if p.kind is p.KEYWORD_ONLY)
+    known = sorted(options_of(METHODS[method]))
     for option in options or {}:
         if option not in known:
             raise InputError(f"method {method!r} has no option {option!r}; it has {known}")

@@ -63,8 +63,13 @@ class ExitTraining(pl.LightningModule):
 
     Attributes:
         tapped: the encoder and its exits; it is trained in place.
-        views: a batch of images to a batch of random views of them.
+        views: a batch of images, (B, C, H, W), to a batch of random views of them.
+        preprocessing: whose mean and deviation standardise views; also the size of images that are decoded.
+        optimization: how parameters are updated.
         n_views: drawn of every image.
+
+    Raises:
+        InputError: an encoder that cannot be trained (see `check_trainable`).
     """
 
     n_views = 2

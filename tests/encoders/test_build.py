@@ -176,7 +176,7 @@ def test_keys_that_do_not_fit_under_a_prefix_are_listed(tmp_path):
 
 def test_a_checkpoint_with_objects_in_it_says_how_to_keep_its_weights(tmp_path):
     torch.save({"state_dict": {}, "hyper_parameters": Exotic()}, tmp_path / "w.ckpt")
-    with pytest.raises(InputError, match=r"without running code in it.*If you trust it, keep its state dict alone"):
+    with pytest.raises(InputError, match=r"would run code in it.*export its state dict as safetensors"):
         EncoderSpec("resnet20_cifar", str(tmp_path / "w.ckpt")).build()
 
 
