@@ -9,10 +9,13 @@ import torch
 from ssl_exit.cascade import Cascade
 from ssl_exit.data.images import Batch
 from ssl_exit.exits.cbt import cbt_path
-from ssl_exit.exits.certificate import Certificate, certify
+from ssl_exit.exits.certificate import Certificate, certify, close_thin_cells
 from ssl_exit.exits.thresholds import Recorded, threshold_path, trade_off
+from ssl_exit.fingerprint import SeenImages, unseen
 
 LOGITS_BYTES = 1 << 28  # for the logits of the images that shape the threshold path
+FITTED = "an image of the same content was used in fit()"
+SHAPED = "an image of the same content shaped the thresholds"
 SHAPING = 1 / 4  # share of the held-out images that shape the threshold path; the others certify
 
 
@@ -25,6 +28,8 @@ class Calibration:
         certificate: of those thresholds.
         path: settings that were considered, (S, E, K), surest first.
         path_disagreement: share of the certifying images each of them gives another label, (S,); NaN without any.
+        shaped: hashes of the images that shaped the path, uint64.
+        images: hashes of the images that certified, uint64.
         skipped: position and reason of images that could not be used.
     """
 
@@ -32,6 +37,8 @@ class Calibration:
     certificate: Certificate
     path: np.ndarray
     path_disagreement: np.ndarray
+    shaped: np.ndarray
+    images: np.ndarray
     skipped: dict[int, str]
 
 
@@ -77,12 +84,17 @@ def calibrate(
     shaping: np.ndarray,
     certifying: np.ndarray,
     costs: np.ndarray,
+    seen: SeenImages,
     *,
     thresholds: str,
+    guarantee: str,
     max_disagreement: float,
     confidence: float,
 ) -> Calibration:
     """Set temperatures and thresholds of a copy of the cascade, and certify them.
+
+    Images whose content was used before are skipped: copies of images that the cascade was fitted to, copies of each
+    other, and, among those that certify, copies of images that shape.
 
     Args:
         cascade: stays as it is.
@@ -90,18 +102,28 @@ def calibrate(
         shaping: positions of the images that shape the threshold path.
         certifying: positions of the images on which its settings are tried; none of them in `shaping`.
         costs: cost of leaving at each exit and, last, of the whole encoder, (E + 1,).
+        seen: images that the cascade was fitted to.
         thresholds: "search", "exit" or "cbt".
+        guarantee: "overall", "cluster", "exit" or "expectation".
         max_disagreement: eps.
         confidence: 1 - delta.
     """
     fresh = cascade.with_own_rules()
-    recorded, mean_probabilities, skipped = shape(fresh, batches(shaping, "calibrate"), len(shaping))
+    shaped: list[np.ndarray] = []
+    recorded, mean_probabilities, skipped = shape(
+        fresh, unseen(batches(shaping, "calibrate"), {FITTED: seen}, shaped), len(shaping)
+    )
     if thresholds == "cbt":
         path = cbt_path(recorded, costs, mean_probabilities)
     else:
         path = threshold_path(recorded, costs, cascade.final.n_clusters, per_cluster=thresholds == "search")
-    proof, more = fresh.record(batches(certifying, "certify"), len(certifying))
-    chosen, certificate = certify(path, proof, max_disagreement, confidence)
+    proved: list[np.ndarray] = []
+    used = {FITTED: seen, SHAPED: SeenImages(shaped)}
+    proof, more = fresh.record(unseen(batches(certifying, "certify"), used, proved), len(certifying))
+    if guarantee == "exit":  # by how many images certify, not by what they say
+        path = close_thin_cells(path, recorded, len(proof), max_disagreement, confidence)
+    chosen, certificate = certify(path, proof, costs, max_disagreement, confidence, guarantee)
     fresh.thresholds.copy_(torch.from_numpy(chosen))
     disagreement = 1 - trade_off(path, proof, costs)[1] if len(proof) else np.full(len(path), np.nan)
-    return Calibration(fresh, certificate, path, disagreement, skipped | more)
+    used_here = SeenImages(shaped).hashes, SeenImages(proved).hashes
+    return Calibration(fresh, certificate, path, disagreement, *used_here, skipped | more)

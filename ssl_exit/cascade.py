@@ -7,7 +7,8 @@ flushed at the end. A single batch goes through directly, its survivors compacte
 
 import copy
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,13 +35,16 @@ class ExitResult:
         cost: multiply-adds spent on it, exits' own included / those of the whole encoder, (N,) float64; NaN
             for an image that could not be used.
         skipped: position and reason of every image that could not be used.
+        audited: label of the whole encoder for images that left early and went on to the end all the same, (N,) int64;
+            -1 for all others.
     """
 
     labels: np.ndarray
     exits: np.ndarray
     scores: np.ndarray
     cost: np.ndarray
-    skipped: dict[int, str] = field(default_factory=dict)
+    skipped: dict[int, str]
+    audited: np.ndarray
 
 
 class Cascade(nn.Module):
@@ -77,18 +81,37 @@ class Cascade(nn.Module):
         """Multiply-adds spent when leaving at each exit and at the end / the whole encoder's, (E + 1,)."""
         return exit_costs(self.tapped, self.exit_rules, self.final)
 
-    def run(self, batches: Iterable[Batch], n: int, batch_size: int) -> ExitResult:
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What else decides where an image leaves and with which label."""
+        return {
+            "exits": [point.name for point in self.tapped.staged.exit_points],
+            "descriptors": [(d.kind, d.normalize) for d in self.tapped.descriptors],
+            "accumulate": self.tapped.accumulate,
+            "patience": self.across.patience,
+            "ensemble": self.across.ensemble,
+            "final": [type(self.final).__name__, getattr(self.final, "spherical", None)],
+        }
+
+    def exits_state(self) -> dict[str, Tensor]:
+        """Everything but the encoder, by name: rules, what gives the final label, thresholds."""
+        state = {f"rules.{k}": v for k, v in self.rules.state_dict().items()}
+        state |= {f"final.{k}": v for k, v in self.final.state_dict().items()}
+        return state | {"thresholds": self.thresholds}
+
+    def run(self, batches: Iterable[Batch], n: int, batch_size: int, audit: np.ndarray | None = None) -> ExitResult:
         """Cluster images with early exits.
 
         Args:
             batches: images with positions 0 to n - 1, each at most once.
             n: how many images there are in all.
             batch_size: images a stage runs on at a time.
+            audit: which images go on to the end wherever they leave, (n,) bool; None: none.
 
         Returns:
             Labels, exits, scores and cost of every image, in the order of its position.
         """
-        run = Run(self, n, batch_size)
+        run = Run(self, n, batch_size, audit)
         for batch in batches:
             run.push(batch)
         return run.finish()
@@ -192,7 +215,7 @@ class Cascade(nn.Module):
 class Run:
     """One pass over images: the queues, and the results as they come in."""
 
-    def __init__(self, cascade: Cascade, n: int, batch_size: int) -> None:
+    def __init__(self, cascade: Cascade, n: int, batch_size: int, audit: np.ndarray | None = None) -> None:
         self.cascade, self.n, self.batch_size = cascade, n, batch_size
         device = cascade.thresholds.device
         self.stages = len(cascade.tapped.staged.stages)
@@ -200,6 +223,8 @@ class Run:
         self.labels = torch.full((n,), -1, dtype=torch.int64, device=device)
         self.exits = torch.full((n,), self.stages - 1, dtype=torch.int64, device=device)
         self.scores = torch.full((n,), torch.nan, device=device)
+        self.audit = None if audit is None else torch.from_numpy(audit).to(device)
+        self.audited = torch.full((n,), -1, dtype=torch.int64, device=device)
         self.skipped: dict[int, str] = {}
 
     @torch.inference_mode()
@@ -231,8 +256,9 @@ class Run:
                 self._advance(i, self.queues[i].take(self.batch_size))
                 self._drain()
         labels, exits, scores = (t.cpu().numpy() for t in (self.labels, self.exits, self.scores))
-        cost = np.where(labels >= 0, self.cascade.costs[exits], np.nan)
-        return ExitResult(labels, exits, scores, cost, self.skipped | _not_finite(labels, self.skipped))
+        audited = self.audited.cpu().numpy()
+        cost = np.where(labels >= 0, self.cascade.costs[np.where(audited >= 0, self.stages - 1, exits)], np.nan)
+        return ExitResult(labels, exits, scores, cost, self.skipped | _not_finite(labels, self.skipped), audited)
 
     def _drain(self) -> None:
         """Run full batches, the deepest first, until every queue holds less than one."""
@@ -261,22 +287,30 @@ class Run:
         tapped = self.cascade.tapped
         x = tapped.staged.stages[stage](wave.x)
         if stage == self.stages - 1:
-            labels = self.cascade.final(tapped.output(x))
-            self.labels[wave.indices] = labels
-            self.scores[wave.indices] = torch.where(labels >= 0, 1.0, torch.nan)
+            labels, indices = self.cascade.final(tapped.output(x)), wave.indices
+            if self.audit is not None:
+                left = self.exits[indices] < stage
+                self.audited[indices[left]] = labels[left]
+                labels, indices = labels[~left], indices[~left]
+            self.labels[indices] = labels
+            self.scores[indices] = torch.where(labels >= 0, 1.0, torch.nan)
             return None
         own = tapped.descriptors[stage](x)
         described = torch.cat([wave.described, own], dim=1) if tapped.accumulate else own
         rule = self.cascade.exit_rules[stage]
         labels, scores, carried = self.cascade.across.decide(rule, rule.logits(described), wave.carried, stage)
         leaves = scores >= self.cascade.thresholds[stage, labels]
+        stays = ~leaves
+        if self.audit is not None:
+            leaves &= self.exits[wave.indices] == self.stages - 1  # once only
+            stays = ~leaves | self.audit[wave.indices]
         gone = leaves.nonzero()[:, 0]  # here the host waits for the device
         after = _Wave(x, described if tapped.accumulate else wave.described, carried, wave.indices)
         if len(gone) == 0:
             return after, None
         left = wave.indices[gone]
         self.labels[left], self.scores[left], self.exits[left] = labels[gone], scores[gone], stage
-        return after, (~leaves).nonzero()[:, 0]
+        return after, stays.nonzero()[:, 0]
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from ssl_exit.loading import load
 from ssl_exit.report.tables import exit_points_table, exit_table, explanation_table, summary, text_table
 from ssl_exit.storage import check_model_folder, whole_file, write_labels
 
-NOT_COMPARED = ("out", "resume", "device", "devices", "num_workers", "logger", "precision", "monitor_every")
+NOT_COMPARED = ("out", "resume", "device", "devices", "num_workers", "logger", "precision", "compile", "monitor_every")
 IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
 
@@ -65,6 +65,7 @@ def train(
     monitor_share: float = 0.05,
     monitor_every: int = 5,
     precision: str = "auto",
+    compile: bool = False,
     device: str = "auto",
     devices: int = 1,
     num_workers: int = 0,
@@ -99,6 +100,7 @@ def train(
             sub-folder a class.
         monitor_every: epochs between two looks.
         precision: auto (bfloat16 where hardware has it), 32-true, bf16-mixed, 16-mixed.
+        compile: torch.compile the encoder: half a minute at the start, then faster steps.
         device: auto, cpu or cuda.
         devices: how many of them.
         num_workers: processes that decode images.
@@ -137,6 +139,7 @@ def train(
         monitor_share=monitor_share,
         monitor_every=monitor_every,
         precision=precision,
+        compile=compile,
         device=device,
         devices=devices,
         num_workers=num_workers,
@@ -167,6 +170,8 @@ def fit(
     mirror: bool = False,
     max_disagreement: float = 0.02,
     confidence: float = 0.95,
+    guarantee: str = "overall",
+    audit: float = 0.0,
     size: int = 224,
     crop: float = 1.0,
     mean: list[float] = IMAGENET_MEAN,
@@ -201,6 +206,10 @@ def fit(
         mirror: fit rules on mirrored images too; a second pass.
         max_disagreement: share of images whose label may differ from the whole encoder's.
         confidence: with which that must hold.
+        guarantee: overall; cluster, for the images of every final cluster; exit, for those that leave at every exit
+            with every label; or expectation (see docs/certificates.md).
+        audit: share of the images that leave early which predict takes to the end too, to see whether the certificate
+            still holds; 0: none.
         size: height and width in pixels of what the encoder sees.
         crop: share of the shorter side kept by the centre crop.
         mean: per channel, of pixels in [0, 1]; one entry for grey images.
@@ -232,6 +241,8 @@ def fit(
         mirror=mirror,
         max_disagreement=max_disagreement,
         confidence=confidence,
+        guarantee=guarantee,
+        audit=audit,
         batch_size=batch_size,
         device=device,
         random_state=seed,
@@ -255,9 +266,11 @@ def fit(
     print(text_table(("exit", "cost, multiply-adds", "cost, measured time"), rows))
     for choice in c.exit_choices_:
         print(choice)
+    certificate = c.certificate_
     print(
         f"{c.n_clusters} clusters of {'directions of ' * c.spherical}final features; k-means saw {c.n_sample_} of "
-        f"{c.n_fit_} images\ncertificate: {c.certificate_}\nmodel written to {out}"
+        f"{c.n_fit_} images\ncertificate: {certificate}\nheld-out images cost {certificate.cost:.3f} of the whole "
+        f"encoder; {certificate.cost_without:.3f} without the margin for chance\nmodel written to {out}"
     )
 
 
@@ -280,6 +293,8 @@ def predict(model: str, data: str, out: str = "labels.csv", num_workers: int = 0
     good = result.labels >= 0
     cost = f" at mean cost {result.cost[good].mean():.3f} of the whole encoder's multiply-adds" if good.any() else ""
     print(f"{good.sum()} images clustered{cost}, {len(result.skipped)} skipped; written to {out}")
+    if c.audit_ is not None:
+        print(f"audit: {c.audit_}")
 
 
 def evaluate(

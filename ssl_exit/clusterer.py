@@ -3,7 +3,8 @@
 import copy
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +15,23 @@ from sklearn.exceptions import NotFittedError
 from sklearn.utils.validation import check_is_fitted
 from torch import nn
 
-from ssl_exit.calibration import calibrate, shape, split_held_out, work
+from ssl_exit.calibration import FITTED, calibrate, shape, split_held_out, work
 from ssl_exit.cascade import ExitResult
 from ssl_exit.data.images import Batch, ImageData, ImageSource, mirrored, open_images
 from ssl_exit.data.preprocessing import Preprocessing
-from ssl_exit.data.reading import read, warn_of_skipped
+from ssl_exit.data.reading import name_of, read, warn_of_skipped
+from ssl_exit.drift import DriftAudit
 from ssl_exit.encoders.build import EncoderSpec
 from ssl_exit.encoders.graph import ExitPoint, as_module
 from ssl_exit.encoders.stages import MOST_EXITS
 from ssl_exit.encoders.tapped import TappedEncoder
 from ssl_exit.errors import InputError
 from ssl_exit.exits.across import AcrossExits
+from ssl_exit.exits.certificate import Certificate, Fingerprint
 from ssl_exit.exits.final import FinalClusters
 from ssl_exit.exits.registry import build_rules, rule_classes
 from ssl_exit.exits.thresholds import trade_off
+from ssl_exit.fingerprint import SeenImages, images_hash, noted, settings_hash, tensors_hash
 from ssl_exit.fitting import collect, first_images
 from ssl_exit.measure.evaluation import Evaluation, evaluate
 from ssl_exit.measure.explanation import Explanation, explain
@@ -54,13 +58,18 @@ class ExitClusterer(BaseEstimator):
         rule: how an exit decides (docs/rules.md): "centroid", "kmeans", "prototypes", "euclidean", "e2cm",
             "e2cm_released", "mahalanobis", "sdn", "branchynet", "eenet", "mlp", or two joined as "centroid+sdn".
         max_disagreement: share of images, in (0, 1), whose label may differ from the whole encoder's.
-        confidence: in (0, 1), with which that must hold (see `Certificate`); 0.5 asks for no safety margin.
+        confidence: in (0, 1), with which that must hold; 0.5 asks for no safety margin.
         batch_size: images a stage runs on at a time.
         device: "auto" (CUDA where there is one), or what torch.device takes.
         random_state: seed of the hold-out split, of the order of images in fit, and of k-means.
         rule_options: keyword arguments of the rule, such as {"hidden": 64}.
         thresholds: "search": a threshold for every exit and cluster that minimises cost; "exit": one for every exit;
             "cbt": one for every cluster, class based thresholding.
+        guarantee: what is certified (docs/certificates.md): "overall"; "cluster", the same for the images of every
+            final cluster; "exit", for the images that leave at every exit with every label; or "expectation".
+        audit: share of the images that leave early which predict() takes to the end all the same, to see whether the
+            certificate still holds (see `DriftAudit`); 0: none.
+        false_alarm: probability of a false alarm of that audit, however long it goes on.
         cost: what thresholds and exits="auto" save: "macs", or "time": stages as measured in fit().
         patience: leave only where so many consecutive exits agree; 1 = off (see `AcrossExits`).
         ensemble: let an exit answer with the geometric mean of all exits' probabilities so far.
@@ -81,7 +90,9 @@ class ExitClusterer(BaseEstimator):
     Attributes:
         exit_points_: list of ExitPoint.
         cluster_centers_: final centroids, (K, F) float32.
-        certificate_: what calibrate() showed.
+        certificate_: what calibrate() showed; `void` once thresholds, rules, preprocessing or weights differ from then.
+        fit_images_: hashes of the images that rules were fitted to or exits chosen by; calibrate() refuses them.
+        audit_: the DriftAudit of all that predict() and run() saw since calibrate() or load(); None without one.
         exit_choices_: with exits="auto", why each candidate was kept or left out.
         threshold_path_: settings that calibrate() considered, (S, E, K), and path_disagreement_: what share of the
             certifying images each of them gives another label, (S,). Both are saved thinned.
@@ -123,6 +134,9 @@ class ExitClusterer(BaseEstimator):
         *,
         rule_options: dict[str, Any] | None = None,
         thresholds: str = "search",
+        guarantee: str = "overall",
+        audit: float = 0.0,
+        false_alarm: float = 0.01,
         cost: str = "macs",
         patience: int = 1,
         ensemble: bool = False,
@@ -148,6 +162,9 @@ class ExitClusterer(BaseEstimator):
         self.random_state = random_state
         self.rule_options = rule_options
         self.thresholds = thresholds
+        self.guarantee = guarantee
+        self.audit = audit
+        self.false_alarm = false_alarm
         self.cost = cost
         self.patience = patience
         self.ensemble = ensemble
@@ -179,7 +196,9 @@ class ExitClusterer(BaseEstimator):
         held = order[: round(self.holdout * len(source))]
         draft = copy.copy(self)  # takes effect when all is done, so that an interrupt loses nothing
         draft._fit(source, order[len(held) :], self._split(held)[0], classes)
-        draft.skipped_ |= draft._calibrate(source, held)
+        draft.skipped_ |= draft._calibrate(source, held, refuse=False)
+        if draft.exit_choices_:  # made by the images that shape thresholds
+            draft.fit_images_ = np.union1d(draft.fit_images_, draft._shaped)
         self.__dict__.update(draft.__dict__)
         warn_of_skipped(self.skipped_, source)
         return self
@@ -195,7 +214,8 @@ class ExitClusterer(BaseEstimator):
             confidence: a new value; the one in use if None.
 
         Raises:
-            InputError: wishes or images that cannot be used; thresholds and certificate in use stay.
+            InputError: wishes or images that cannot be used, or images that fit() used, by their content; thresholds
+                and certificate in use stay.
         """
         self._check_fitted()
         draft = copy.copy(self)
@@ -203,7 +223,8 @@ class ExitClusterer(BaseEstimator):
         draft.confidence = self.confidence if confidence is None else confidence
         check_parameters(draft.get_params(deep=False))
         source = self._open(data)
-        skipped = draft._calibrate(source, np.random.default_rng(self.random_state).permutation(len(source)))
+        order = np.random.default_rng(self.random_state).permutation(len(source))
+        skipped = draft._calibrate(source, order, refuse=True)
         self.__dict__.update(draft.__dict__)
         warn_of_skipped(skipped, source)
         return self
@@ -221,8 +242,19 @@ class ExitClusterer(BaseEstimator):
         self._check_fitted()
         source = self._open(data)
         batches = self._batches(source, np.arange(len(source)), "cluster")
-        result = self.cascade_.run(batches, len(source), self.batch_size)
+        watch, audit = self.audit_, None
+        rng = np.random.default_rng((self.random_state, watch.images if watch else 0))
+        if watch is not None:
+            audit = rng.random(len(source)) < watch.share
+        result = self.cascade_.run(batches, len(source), self.batch_size, audit)
         warn_of_skipped(result.skipped, source)
+        if watch is not None:
+            good = result.labels >= 0
+            calm = watch.alarm is None
+            rows = rng.permutation(np.flatnonzero(good))  # a folder comes class by class
+            watch.update(result.audited[rows] >= 0, result.audited[rows] != result.labels[rows])
+            if calm and watch.alarm is not None:
+                warnings.warn(str(watch), stacklevel=2)
         return result
 
     def predict_full(self, data: ImageData) -> np.ndarray:
@@ -294,14 +326,13 @@ class ExitClusterer(BaseEstimator):
         """
         self._check_fitted()
         tapped = self.cascade_.tapped
-        exits = {f"rules.{k}": v for k, v in self.cascade_.rules.state_dict().items()}
-        exits |= {f"final.{k}": v for k, v in self.cascade_.final.state_dict().items()}
-        exits |= {"thresholds": self.cascade_.thresholds}
+        exits = self.cascade_.exits_state()
         exits |= {"stage_seconds": torch.from_numpy(self.stage_seconds_)}
         exits |= {"exit_seconds": torch.from_numpy(self.exit_seconds_)}
         few = np.unique(np.linspace(0, len(self.threshold_path_) - 1, SAVED_SETTINGS).round().astype(int))
         exits |= {"path": torch.from_numpy(self.threshold_path_[few])}
         exits |= {"path_disagreement": torch.from_numpy(self.path_disagreement_[few])}
+        exits |= {"fit_images": torch.from_numpy(self.fit_images_.view(np.int64))}
         about = {
             "encoder": {"spec": self.spec_.name if self.spec_ else None, "class": type(self.encoder_).__name__},
             "params": {k: v for k, v in self.get_params(deep=False).items() if k not in _REBUILT},
@@ -311,13 +342,18 @@ class ExitClusterer(BaseEstimator):
             "descriptor": [descriptor.kind for descriptor in tapped.descriptors],
             "accumulate": tapped.accumulate,
             "features": "the encoder's output" if tapped.output.layout == "vector" else "average of the output",
-            "certificate": self.certificate_.to_dict(),
+            "certificate": self._certificate.to_dict(),
             "exit_choices": [asdict(choice) for choice in self.exit_choices_],
             "skipped": self.skipped_,
             "n_fit": self.n_fit_,
             "n_sample": self.n_sample_,
         }
         write_model(Path(folder), about, self.encoder_.state_dict(), exits)
+
+    @property
+    def certificate_(self) -> Certificate:
+        self._check_fitted()
+        return self._certificate.checked(self._fingerprint())
 
     @property
     def exit_points_(self) -> list[ExitPoint]:
@@ -350,7 +386,8 @@ class ExitClusterer(BaseEstimator):
         self.image_shape_ = tuple(example.shape[1:])
         tapped = self._tapped(self.exits, example, self.descriptor, self.accumulate)
         rules = build_rules(self.rule, tapped.seen, self.n_clusters, self.rule_options)
-        passes: list[Iterable[Batch]] = [self._batches(source, order, "fit")]
+        used: list[np.ndarray] = []
+        passes: list[Iterable[Batch]] = [noted(self._batches(source, order, "fit"), used)]
         if self.mirror:
             passes.append(mirrored(self._batches(source, order, "fit, mirrored")))
         collected = collect(
@@ -382,6 +419,7 @@ class ExitClusterer(BaseEstimator):
             self.cascade_ = collected.fit(tapped, rules, across, self.random_state)
             self.stage_seconds_, self.exit_seconds_ = stage_seconds(self.cascade_, example)
         self.skipped_ = collected.skipped
+        self.fit_images_ = SeenImages(used).hashes
         self.n_fit_, self.n_sample_ = collected.n_fit, collected.n_clustered
 
     def _tapped(
@@ -411,7 +449,7 @@ class ExitClusterer(BaseEstimator):
         exits = MOST_EXITS if self.exits == "auto" else len(self.exits)
         return split_held_out(held, exits * len(rule_classes(self.rule)) * (self.n_clusters + 1))
 
-    def _calibrate(self, source: ImageSource, held: np.ndarray) -> dict[int, str]:
+    def _calibrate(self, source: ImageSource, held: np.ndarray, *, refuse: bool) -> dict[int, str]:
         """Thresholds and certificate from the images at positions `held`, and which of them were unusable.
 
         The cascade in use stays as it is; a new one takes its place.
@@ -421,15 +459,43 @@ class ExitClusterer(BaseEstimator):
             lambda order, what: self._batches(source, order, what),
             *self._split(held),
             np.cumsum(np.add(*work(self.cascade_, self.stage_seconds_, self.exit_seconds_, self.cost))),
+            SeenImages([self.fit_images_]),
             thresholds=self.thresholds,
+            guarantee=self.guarantee,
             max_disagreement=self.max_disagreement,
             confidence=self.confidence,
         )
-        self.cascade_, self.certificate_ = found.cascade, found.certificate
+        again = [position for position, reason in found.skipped.items() if reason == FITTED]
+        if again and refuse:
+            raise InputError(
+                f"{len(again)} of the {len(source)} images were used in fit() already, such as "
+                f"{name_of(source, again[0])}; calibrate on images that fit() did not see"
+            )
+        self.cascade_, self._shaped = found.cascade, found.shaped
+        about = replace(self._fingerprint(), images=images_hash(found.images))
+        self._certificate = replace(found.certificate, fingerprint=about)
+        self._watch()
         self.threshold_path_, self.path_disagreement_ = found.path, found.path_disagreement
         if len(held) and found.certificate.settings == 0:
             warnings.warn(str(found.certificate), stacklevel=3)
         return found.skipped
+
+    def _fingerprint(self) -> Fingerprint:
+        """Of the model as it is now."""
+        modules = [type(module).__name__ for module in self.encoder_.modules()]
+        return Fingerprint(
+            encoder=settings_hash([modules, tensors_hash(self.encoder_.state_dict())]),
+            preprocessing=settings_hash(self.preprocessing.to_dict() if self.preprocessing else None),
+            exits=settings_hash([self.cascade_.settings, tensors_hash(self.cascade_.exits_state())]),
+            images="",
+            version=version("ssl-exit"),
+        )
+
+    def _watch(self) -> None:
+        """Begin the audit anew."""
+        self.audit_ = (
+            DriftAudit(self._certificate.max_disagreement, self.audit, self.false_alarm) if self.audit else None
+        )
 
     def _open(self, data: ImageData) -> ImageSource:
         return open_images(data, self.preprocessing, self.num_workers)

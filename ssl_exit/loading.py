@@ -1,9 +1,11 @@
 """Reading a saved model back."""
 
 import copy
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -76,10 +78,14 @@ def load(
     c.cascade_.to(usable_device(c.device))
     c.encoder_, c.spec_ = filled, EncoderSpec(spec) if spec else None
     c.image_shape_ = tuple(about["image"])
-    c.certificate_ = Certificate(**about["certificate"])
+    c._certificate = Certificate.from_dict(about["certificate"])
+    c.fit_images_ = exits["fit_images"].numpy().view(np.uint64)
+    c._watch()
     c.stage_seconds_, c.exit_seconds_ = exits["stage_seconds"].numpy(), exits["exit_seconds"].numpy()
     c.skipped_ = {int(position): reason for position, reason in about["skipped"].items()}
     c.exit_choices_ = [ExitChoice(**choice) for choice in about["exit_choices"]]
     c.threshold_path_, c.path_disagreement_ = exits["path"].numpy(), exits["path_disagreement"].numpy()
     c.n_fit_, c.n_sample_ = about["n_fit"], about["n_sample"]
+    if c.certificate_.void:
+        warnings.warn(f"model {str(folder)!r}: the certificate is {c.certificate_}", stacklevel=2)
     return c

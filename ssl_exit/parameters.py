@@ -8,11 +8,12 @@ import torch
 
 from ssl_exit.errors import InputError
 from ssl_exit.exits.across import AcrossExits
+from ssl_exit.exits.certificate import GUARANTEES
 from ssl_exit.exits.registry import check_rule
 
-CHOICES = {"thresholds": ("search", "exit", "cbt"), "cost": ("macs", "time")}
+CHOICES = {"thresholds": ("search", "exit", "cbt"), "guarantee": GUARANTEES, "cost": ("macs", "time")}
 LEAST = {"n_clusters": 1, "batch_size": 1, "random_state": 0, "num_workers": 0}
-SHARES = {"max_disagreement": False, "confidence": False, "holdout": True}  # whether 0 is allowed
+SHARES = {"max_disagreement": False, "confidence": False, "holdout": True, "false_alarm": False}  # is 0 allowed?
 
 
 def check_parameters(given: Mapping[str, Any]) -> None:
@@ -32,6 +33,12 @@ def check_parameters(given: Mapping[str, Any]) -> None:
         value = given[name]
         if not isinstance(value, (int, float, np.number)) or not (0 < value < 1 or (zero and value == 0)):
             raise InputError(f"{name} must lie between 0 and 1; got {value!r}")
+    if not isinstance(given["audit"], (int, float, np.number)) or not 0 <= given["audit"] <= 1:
+        raise InputError(f"audit must lie between 0 and 1; got {given['audit']!r}")
+    if given["audit"] and given["guarantee"] == "expectation":
+        raise InputError(
+            'guarantee "expectation" lets a single model disagree more than asked: an audit cannot tell; use "overall"'
+        )
 
 
 def checked_classes(y: np.ndarray, n: int, n_classes: int) -> np.ndarray:

@@ -25,7 +25,7 @@ from torch import Tensor
 from ssl_exit.cascade import ExitResult
 from ssl_exit.errors import InputError
 
-FORMAT = 2
+FORMAT = 3
 WEIGHTS, EXITS, ABOUT = "encoder.safetensors", "exits.safetensors", "model.json"
 
 

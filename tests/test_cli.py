@@ -49,6 +49,16 @@ def test_fit_predict_evaluate(model, image_folder, tmp_path, capsys):
     assert 0 <= found["acc"] <= 1
 
 
+def test_guarantee_and_audit(image_folder, tmp_path, capsys):
+    out = str(tmp_path / "model")
+    main([*FIT, "--data", str(image_folder), "--out", out, "--guarantee", "cluster", "--audit", "1.0"])
+    assert "without the margin for chance" in capsys.readouterr().out
+    main(["predict", "--model", out, "--data", str(image_folder), "--out", str(tmp_path / "labels.csv")])
+    assert "audit: no drift found (" in capsys.readouterr().out
+    certificate = json.loads((tmp_path / "model" / "model.json").read_text())["certificate"]
+    assert certificate["guarantee"] == "cluster"
+
+
 def test_evaluate_explains(model, image_folder, tmp_path, capsys):
     report = tmp_path / "report.json"
     main(["evaluate", "--model", str(model), "--data", str(image_folder), "--explain", "true", "--out", str(report)])

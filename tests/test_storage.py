@@ -147,8 +147,8 @@ def damage(model, name, change):
         ("model.json", lambda b: b[:200], "cannot be read"),
         ("model.json", lambda b: b"[]", "names no format"),
         ("model.json", lambda b: b.replace(b'"disagreements": ', b'"disagreements": 1'), "was changed"),
-        ("model.json", lambda b: b.replace(b'"format": 2', b'"format": 99'), "format 99.*upgrade"),
-        ("model.json", lambda b: b.replace(b'"format": 2', b'"format": 1'), "reads format 2: fit it again"),
+        ("model.json", lambda b: b.replace(b'"format": 3', b'"format": 99'), "format 99.*upgrade"),
+        ("model.json", lambda b: b.replace(b'"format": 3', b'"format": 1'), "reads format 3: fit it again"),
     ],
 )
 def test_damaged_tampered_and_newer_models_are_refused(model, name, change, message):

@@ -41,9 +41,14 @@ def warn_of_skipped(skipped: dict[int, str], source: ImageSource) -> None:
     """One warning, to the caller of the caller, that names one of the images that could not be used."""
     if skipped:
         position, reason = next(iter(skipped.items()))
-        which = source.paths[position] if source.paths else f"position {position}"
+        which = name_of(source, position)
         warnings.warn(
-            f"{len(skipped)} of {len(source)} images could not be used, such as {which} ({reason}); all are listed "
-            "in `skipped`",
+            f"{len(skipped)} of {len(source)} images could not be used, such as {which} ({reason}); all are listed in "
+            "`skipped`",
             stacklevel=3,
         )
+
+
+def name_of(source: ImageSource, position: int) -> str:
+    """How to tell a user which image is meant."""
+    return source.paths[position] if source.paths else f"position {position}"

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from ssl_exit.exits.certificate import Certificate, fewest_images, most_disagreements
+from ssl_exit.exits.certificate import Certificate, most_disagreements
 from ssl_exit.exits.thresholds import Recorded, simulate
 
 BINS = 10
@@ -81,7 +81,7 @@ def explain(
     exits = simulate(recorded, thresholds)[1]
     would = {}
     for asked in LOWER:
-        if certificate.n and asked < 1 - certificate.max_disagreement:
+        if certificate.guarantee == "overall" and certificate.n and asked < 1 - certificate.max_disagreement:
             setting = _certified(path_disagreement, certificate, 1 - asked)
             would[asked] = simulate(recorded, path[setting])[1]
     agrees = recorded.labels == recorded.final[:, None]
@@ -129,7 +129,7 @@ def _reason(
     asked = certificate.max_disagreement
     if certificate.n == 0:
         return "no image exits: nothing was held out (holdout=0), so no threshold was set; call calibrate(images)"
-    needed = fewest_images(asked, certificate.confidence)
+    needed = certificate.fewest
     if certificate.n < needed:
         return (
             f"no image exits: {certificate.n} images certify nothing; a disagreement of {asked:.1%} with confidence "

@@ -135,6 +135,10 @@ class MoCo(_Contrastive):
         self.key_tapped, self.key_heads = frozen_copy(self.tapped), frozen_copy(self.heads)
         self.criteria = nn.ModuleList(contrastive_loss(temperature, (bank, self.projection)) for _ in self.heads)
 
+    @property
+    def stepped(self) -> list[TappedEncoder]:
+        return [self.tapped, self.key_tapped]
+
     def losses(self, given: Tensor, views: Sequence[Tensor]) -> dict[str, Tensor]:
         for query, key in ((self.tapped, self.key_tapped), (self.heads, self.key_heads)):
             update_momentum(query, key, self.key_momentum)

@@ -3,15 +3,20 @@ r"""Self-distillation: every exit learns the final clusters of the same image, t
 A round begins with a frozen copy of the encoder, the teacher. FAISS k-means on its final features gives centroids c_k
 (matched to those of the round before, so that cluster k stays cluster k), and every image x a soft assignment
 
-    t(x) = softmax(cos(f(x), c) / T),        averaged over x and its mirror image where `mirror` is set.
+    t(x) = sharp(mean of softmax(cos(f(y), c) / T) over y),        sharp(p) = p^s / sum_k p_k^s
 
-What is minimised over the encoder f and a head h_e on the descriptor d_e of each exit, for a view x' of the image:
+where y runs over the nearest neighbours of x (itself among them, up to 50,000 images) by the teacher's features, and
+over their mirror images where `mirror` is set. What is minimised over the encoder f and a head h_e on the descriptor
+d_e of each exit, for a view x' of the image:
 
-    w H((1 - b) t(x) + b m(x'), softmax(cos(f(x'), c) / T)) + mean_e H(t(x), softmax(h_e(d_e(x'))))
+    w H((1 - b) t(x) + b sharp(m(x')), softmax(cos(f(x'), p) / T')) + mean_e H(t(x), softmax(h_e(d_e(x'))))
 
-with H the cross-entropy, w = final_weight, b = mutual and m(x') = mean_e softmax(h_e(d_e(x'))), through which no
-gradient flows: with b > 0 the final layer also gives way to its exits, and keeps of an assignment what they can
-learn (deep mutual learning, Zhang et al., arXiv 1706.00384).
+with H the cross-entropy, w = final_weight, s = sharpness, b = mutual, m(x') = mean_e softmax(h_e(d_e(x'))), through
+which no gradient flows, and p_k = c_k - mean_j c_j: centroids of a contrastive encoder point nearly the same way, and
+k-means finds again only clusters that have moved apart. With b > 0 the final layer also gives way to its exits, and
+keeps of an assignment what they can learn (deep mutual learning, Zhang et al., arXiv 1706.00384); with s > 1 it is
+drawn away from the borders between clusters, where exits and end differ. Neighbours keep clusters true to the features
+meanwhile (as in SCAN, Van Gansbeke et al., 2005.12320).
 
 With exit_loss="eenet", EENets' objective takes the place of the mean over exits: heads have a confidence branch and the
 loss counts what each exit costs (`EENetRule`), the targets being the clusters of largest t. As there, the first half of
@@ -25,6 +30,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import faiss
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -39,6 +45,7 @@ from ssl_exit.training.module import ExitTraining, frozen_copy
 
 EXIT_LOSSES = ("soft", "eenet", "none")
 BATCH = 512  # images the teacher sees at a time
+BANK = 50_000  # images among which neighbours are sought
 CLUSTERED = 256  # images a cluster that k-means sees, and at least 10,000
 
 
@@ -59,9 +66,13 @@ class SelfDistillation(ExitTraining):
         rounds: of k-means and training in turn, of equally many epochs.
         exit_loss: "soft", "eenet", or "none": the final layer alone.
         final_weight: w; 0 lets the final layer follow what exits make of the layers below.
+        final_temperature: T'; the lower, the less clusters move apart.
         temperature: T; None finds, in every round, the one at which an image's soft assignment best foretells the
             label of a view of it.
         mutual: b, in [0, 1).
+        neighbours: images whose assignments are averaged, the image itself counted; 1: its own alone. They are sought
+            among at most 50,000 images, each with each.
+        sharpness: s.
         mirror: whether an image and its mirror image mean the same; photographs mostly do, writing does not.
         hidden: units of the heads' hidden layer.
         tradeoff: lambda of "eenet", what the whole encoder's cost is worth in nats.
@@ -82,24 +93,32 @@ class SelfDistillation(ExitTraining):
         exit_loss: str = "soft",
         final_weight: float = 2.0,
         temperature: float | None = None,
-        mutual: float = 0.8,
+        final_temperature: float = 0.1,
+        mutual: float = 0.95,
         mirror: bool = True,
         hidden: int = 128,
         tradeoff: float = 1.0,
+        neighbours: int = 50,
+        sharpness: float = 3.0,
     ) -> None:
         super().__init__(*common)
         if exit_loss not in EXIT_LOSSES:
             raise InputError(f"exit_loss must be one of {EXIT_LOSSES}; got {exit_loss!r}")
         heat = 1.0 if temperature is None else temperature
-        if min(n_clusters, rounds, hidden) < 1 or heat <= 0 or min(final_weight, tradeoff) < 0:
+        counts = {"n_clusters": n_clusters, "rounds": rounds, "hidden": hidden, "neighbours": neighbours}
+        above = {"temperature": heat, "final_temperature": final_temperature, "sharpness": sharpness}
+        weights = {"final_weight": final_weight, "tradeoff": tradeoff}
+        if min(counts.values()) < 1 or min(above.values()) <= 0 or min(weights.values()) < 0:
             raise InputError(
-                "self-distillation needs n_clusters, rounds and hidden >= 1, temperature > 0, final_weight and "
-                f"tradeoff >= 0; got {n_clusters}, {rounds}, {hidden}, {temperature}, {final_weight} and {tradeoff}"
+                f"self-distillation needs {', '.join(counts)} >= 1, {', '.join(above)} > 0, "
+                f"{' and '.join(weights)} >= 0; got {counts | above | weights}"
             )
         self.n_clusters, self.rounds, self.exit_loss = n_clusters, rounds, exit_loss
         if not 0 <= mutual < 1:
             raise InputError(f"mutual must lie in [0, 1); got {mutual}")
         self.mutual = mutual
+        self.neighbours, self.sharpness = neighbours, sharpness
+        self.final_temperature = final_temperature
         self.final_weight, self.tradeoff, self.mirror = final_weight, tradeoff, mirror
         self.given_temperature, self.answers_alone = temperature, False
         self.register_buffer("temperature", torch.tensor(heat))
@@ -138,12 +157,14 @@ class SelfDistillation(ExitTraining):
         described, output = self.tapped(views[0])
         outputs = [head(described[:, c]) for head, c in zip(self.heads, self.tapped.columns, strict=False)]
         with torch.autocast(self.device.type, enabled=False):
-            logits = self._cosines(output.float()) / self.temperature
+            prototypes = F.normalize(self.centroids - self.centroids.mean(0), dim=1)
+            logits = F.normalize(output.float(), dim=1) @ prototypes.T / self.final_temperature
             if not outputs:
                 return {"loss": F.cross_entropy(logits, given)}
             exits = self._at_exits([z.float() for z in outputs], logits, given)
             answers = [z.detach().float()[:, : self.n_clusters].softmax(1) for z in outputs]
-            final = F.cross_entropy(logits, torch.lerp(given, torch.stack(answers).mean(0), self.mutual))
+            follow = self._sharp(torch.stack(answers).mean(0))
+            final = F.cross_entropy(logits, torch.lerp(given, follow, self.mutual))
         return {"loss": self.final_weight * final + exits, "final": final, "exits": exits}
 
     def _at_exits(self, outputs: list[Tensor], logits: Tensor, target: Tensor) -> Tensor:
@@ -156,10 +177,6 @@ class SelfDistillation(ExitTraining):
         end = logits.softmax(1).gather(1, label)[:, 0]
         costs = self.costs.to(logits.device)
         return cost_aware_loss(answers, confidences, end, costs, self.tradeoff) / len(outputs)
-
-    def _cosines(self, features: Tensor) -> Tensor:
-        """Cosines of features, (N, F), to the centroids: (N, K)."""
-        return F.normalize(features, dim=1) @ self.centroids.T
 
     def _begin_round(self) -> None:
         """A new teacher, its clusters, its temperature and its answers; the same in every process."""
@@ -198,7 +215,26 @@ class SelfDistillation(ExitTraining):
                 soft = (features @ self.centroids.T / self.temperature).softmax(1)
                 targets[self.positions[at : at + len(soft)]] += soft.cpu() / len(ways)
                 at += len(soft)
-        return targets
+        if self.neighbours > 1:
+            targets[self.positions] = self._among_neighbours(targets)
+        return self._sharp(targets)
+
+    def _among_neighbours(self, targets: Tensor) -> Tensor:
+        """The mean target of the nearest neighbours of every image to train on: (N, K) -> (n, K)."""
+        bank = np.random.default_rng(self.seed).permutation(self.positions)[:BANK]
+        index = faiss.IndexFlatIP(self.tapped.output.dim)
+        for features in self._teach(bank):
+            index.add(features.cpu().numpy())
+        found = []
+        for features in self._teach(self.positions):
+            _, near = index.search(features.cpu().numpy(), min(self.neighbours, len(bank)))
+            found.append(targets[torch.from_numpy(bank[near])].mean(1))
+        return torch.cat(found)
+
+    def _sharp(self, p: Tensor) -> Tensor:
+        """Probabilities, (N, K), to the power of `sharpness`; rows of zeros stay."""
+        sharp = p.pow(self.sharpness)
+        return sharp / sharp.sum(1, keepdim=True).clamp_min(torch.finfo(p.dtype).tiny)
 
     def _teach(self, positions: np.ndarray, way: Callable[[Tensor], Tensor] = _as_it_is) -> Iterator[Tensor]:
         """The teacher's final features of images seen in some way, of unit length, batch by batch: (B, F) float32."""

@@ -86,6 +86,11 @@ class ExitTraining(pl.LightningModule):
         self.tapped = tapped
         self.views, self.preprocessing, self.optimization = views, preprocessing, optimization
 
+    @property
+    def stepped(self) -> list[TappedEncoder]:
+        """Encoders that every step runs."""
+        return [self.tapped]
+
     @abstractmethod
     def losses(self, given: Tensor, views: Sequence[Tensor]) -> dict[str, Tensor]:
         """What is minimised, "loss", and whatever else is worth a curve.
@@ -107,7 +112,7 @@ class ExitTraining(pl.LightningModule):
         """Final features of images, without gradients and in eval mode: (B, C, H, W) -> (B, F) float32."""
         was = self.tapped.training
         self.tapped.eval()
-        with torch.no_grad():
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # of any shape
             features = self.tapped.final_features(self.prepared(pixels))
         self.tapped.train(was)
         return features.float()

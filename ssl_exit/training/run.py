@@ -8,7 +8,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ssl_exit.data.pixels import EpochOrder, Pixels, PixelsInMemory, open_pixels
+from ssl_exit.encoders.compiling import compiled
 from ssl_exit.errors import InputError
+from ssl_exit.memory import kept_memory
 from ssl_exit.parameters import usable_device
 from ssl_exit.storage import whole_file
 from ssl_exit.training.module import ExitTraining
@@ -50,6 +52,7 @@ def train(
     monitor_share: float = 0.0,
     monitor_every: int = 5,
     precision: str = "auto",
+    compile: bool = False,
     device: str = "auto",
     devices: int = 1,
     num_workers: int = 0,
@@ -75,6 +78,8 @@ def train(
             the images have classes.
         monitor_every: epochs between two looks.
         precision: "32-true", "bf16-mixed", "16-mixed", or "auto": bfloat16 where hardware has it.
+        compile: let torch.compile write programs for the encoder: half a minute at the start, then faster steps, most
+            of all with losses at exits. Without a C++ compiler training goes on as it is, with a warning.
         device: "auto", "cpu" or "cuda".
         devices: how many; with more than one, DistributedDataParallel, negatives gathered from all.
         num_workers: processes that decode images, where these are not in memory.
@@ -86,24 +91,18 @@ def train(
         InputError: settings that cannot be used, fewer images than a batch, a checkpoint that is damaged or of other
             settings, a loss that is not finite, or a full disk.
     """
-    if min(epochs, batch_size, devices, monitor_every) < 1 or not 0 <= monitor_share < 1:
+    if min(epochs, monitor_every) < 1 or not 0 <= monitor_share < 1:
         raise InputError(
-            "training needs epochs, batch_size, devices and monitor_every >= 1 and monitor_share in [0, 1); got "
-            f"{epochs}, {batch_size}, {devices}, {monitor_every} and {monitor_share}"
+            "training needs epochs and monitor_every >= 1 and monitor_share in [0, 1); got "
+            f"{epochs}, {monitor_every} and {monitor_share}"
         )
-    if batch_size % devices or batch_size < 2 * devices:
-        raise InputError(f"batch_size must be a multiple of devices, at least two each; got {batch_size}, {devices}")
     if logger not in LOGGERS or precision not in PRECISIONS:
         raise InputError(
             f"logger must be one of {LOGGERS} and precision one of {PRECISIONS}; got {logger!r} and {precision!r}"
         )
     if resume and out is None:
         raise InputError("resume needs a folder with checkpoints: give out")
-    if device not in DEVICES:
-        raise InputError(f"device must be one of {DEVICES}; choose a GPU by CUDA_VISIBLE_DEVICES; got {device!r}")
-    kind = usable_device(device).type
-    if kind == "cuda" and devices > torch.cuda.device_count():
-        raise InputError(f"devices={devices} were asked for; there are {torch.cuda.device_count()}")
+    kind = _checked_devices(device, devices, batch_size)
     pixels = data if isinstance(data, Pixels) else open_pixels(data, module.preprocessing, num_workers, devices)
     order = np.random.default_rng(seed).permutation(len(pixels))
     held = order[: round(monitor_share * len(order)) if pixels.targets is not None else 0]
@@ -122,24 +121,13 @@ def train(
     progress = progress and sys.stdout.isatty()
     newest = find_checkpoint(out, resume, settings) if out else None
     begun = 0 if newest is None else epoch_of(newest) + 1
-    guard = _Guard(settings, seed, out)
-    callbacks: list[pl.Callback] = [guard]
+    callbacks: list[pl.Callback] = [_Guard(settings, seed, out)]
     if len(held):
         callbacks.append(NeighbourMonitor(pixels, positions, held, monitor_every))
     if progress:
         callbacks.append(TQDMProgressBar(refresh_rate=10))
     if out:
-        callbacks.append(
-            ModelCheckpoint(
-                out / CHECKPOINTS,
-                "epoch-{epoch:04d}",
-                monitor="epoch",
-                mode="max",
-                save_top_k=-1,  # `_Guard` removes old ones: what a killed run had kept, Lightning forgets
-                auto_insert_metric_name=False,
-                save_on_train_epoch_end=True,
-            )
-        )
+        callbacks.append(_checkpoints(out))
     with _quiet(), seeded(seed, kind):
         trainer = pl.Trainer(
             accelerator="gpu" if kind == "cuda" else "cpu",
@@ -173,8 +161,10 @@ def train(
         module.train()  # Lightning leaves modes as they are
         module.attach(pixels, positions, seed)
         before = signal.getsignal(signal.SIGINT)
+        programs = compiled(module.stepped, torch.device(kind)) if compile else nullcontext()
         try:
-            trainer.fit(module, loader, ckpt_path=newest, weights_only=True)
+            with programs, kept_memory() if kind == "cpu" else nullcontext():
+                trainer.fit(module, loader, ckpt_path=newest, weights_only=True)
         except OSError as error:
             if error.errno not in FULL:
                 raise
@@ -189,6 +179,31 @@ def train(
             module.eval()
             if threading.current_thread() is threading.main_thread():
                 signal.signal(signal.SIGINT, before)
+
+
+def _checked_devices(device: str, devices: int, batch_size: int) -> str:
+    """ "cpu" or "cuda", after a check of how many there are and whether they share a batch evenly."""
+    if device not in DEVICES:
+        raise InputError(f"device must be one of {DEVICES}; choose a GPU by CUDA_VISIBLE_DEVICES; got {device!r}")
+    if devices < 1 or batch_size % devices or batch_size < 2 * devices:
+        raise InputError(f"batch_size must be a multiple of devices, at least two each; got {batch_size}, {devices}")
+    kind = usable_device(device).type
+    if kind == "cuda" and devices > torch.cuda.device_count():
+        raise InputError(f"devices={devices} were asked for; there are {torch.cuda.device_count()}")
+    return kind
+
+
+def _checkpoints(out: Path) -> ModelCheckpoint:
+    """Writes one after every epoch."""
+    return ModelCheckpoint(
+        out / CHECKPOINTS,
+        "epoch-{epoch:04d}",
+        monitor="epoch",
+        mode="max",
+        save_top_k=-1,  # `_Guard` removes old ones: what a killed run had kept, Lightning forgets
+        auto_insert_metric_name=False,
+        save_on_train_epoch_end=True,
+    )
 
 
 def find_checkpoint(out: Path, resume: bool, settings: dict[str, Any]) -> Path | None:

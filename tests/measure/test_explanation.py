@@ -15,7 +15,7 @@ DISAGREEMENT = np.array([0.0, 0.004, 0.038, 0.3])  # of 1,000, 4 certify 1 % and
 
 
 def certificate(n=1000, settings=0):
-    return Certificate(0.001, 0.95, n, 0, 0.01, 0.0, settings)
+    return Certificate(0.001, 0.95, "overall", n, 0, 0.01, 0.0, settings, 1.0, 1.0)
 
 
 def recorded(right=1.0, n=400):

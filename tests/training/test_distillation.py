@@ -46,34 +46,39 @@ def begun(weights, digits, **options):
     return encoder, module
 
 
-@pytest.mark.parametrize("mirror", [True, False])
-def test_targets_are_the_teachers_answers(weights, digits, mirror):
-    encoder, module = begun(weights, digits, temperature=0.2, mirror=mirror)
+@pytest.mark.parametrize(("mirror", "neighbours", "sharpness"), [(True, 1, 1.0), (False, 1, 2.0), (True, 7, 3.0)])
+def test_targets_are_the_teachers_answers(weights, digits, mirror, neighbours, sharpness):
+    encoder, module = begun(weights, digits, temperature=0.2, mirror=mirror, neighbours=neighbours, sharpness=sharpness)
     with torch.no_grad():
-        for i in (100, 399, 699):
-            image = digits[i : i + 1]
-            seen = [image, image.flip(3)] if mirror else [image]
-            answers = [F.normalize(encoder.eval()(x), dim=1) @ module.centroids.T for x in seen]
-            expected = sum((z / 0.2).softmax(1) for z in answers) / len(seen)
-            torch.testing.assert_close(module.targets[i : i + 1], expected, atol=1e-4, rtol=1e-3)
+        features = F.normalize(encoder.eval()(digits[100:700]), dim=1)
+        mirrored = F.normalize(encoder(digits[100:700].flip(3)), dim=1)
+    answers = [(z @ module.centroids.T / 0.2).softmax(1) for z in ([features, mirrored] if mirror else [features])]
+    each = sum(answers) / len(answers)
+    for i in (100, 399, 699):
+        near = sorted(range(600), key=lambda j: -float(features[j] @ features[i - 100]))[:neighbours]
+        mean = sum(each[j] for j in near) / neighbours
+        expected = mean**sharpness / (mean**sharpness).sum()
+        torch.testing.assert_close(module.targets[i], expected, atol=1e-4, rtol=1e-3)
     assert (module.targets[:100] == 0).all()
     torch.testing.assert_close(module.centroids.norm(dim=1), torch.ones(10))
 
 
 @pytest.mark.parametrize(("exit_loss", "mutual"), [("soft", 0.0), ("soft", 0.4), ("eenet", 0.0), ("none", 0.4)])
 def test_the_loss_is_its_equation(weights, digits, exit_loss, mutual):
-    _, module = begun(weights, digits, exit_loss=exit_loss, final_weight=3.0, temperature=0.1, mutual=mutual)
+    _, module = begun(weights, digits, exit_loss=exit_loss, final_weight=3.0, final_temperature=0.3, mutual=mutual)
     module.eval()
     rows = torch.tensor([150, 300, 450, 600])
     target, images = module.on_before_batch_transfer((rows, digits[rows]), 0)
     assert torch.equal(target, module.targets[rows])
     found = module.losses(target, [images])
     described, output = module.tapped(digits[rows])
-    logits = F.normalize(output, dim=1) @ module.centroids.T / 0.1
+    prototypes = module.centroids - module.centroids.mean(0)
+    logits = F.cosine_similarity(output[:, None], prototypes[None], dim=2) / 0.3
     outputs = [h(described[:, c]) for h, c in zip(module.heads, module.tapped.columns, strict=False)]
     softened = target
     if outputs:
-        softened = (1 - mutual) * target + mutual * sum(z[:, :10].softmax(1) for z in outputs) / len(outputs)
+        mean = sum(z[:, :10].softmax(1) for z in outputs) / len(outputs)
+        softened = (1 - mutual) * target + mutual * mean**3 / (mean**3).sum(1, keepdim=True)
     final = -(softened * logits.log_softmax(1)).sum(1).mean()
     if exit_loss == "soft":
         exits = sum(-(target * z.log_softmax(1)).sum(1).mean() for z in outputs) / len(outputs)
@@ -144,28 +149,32 @@ def test_a_new_round_has_a_new_teacher(weights, digits):
 
 
 def test_exits_become_cheaper(weights, digits):
-    """At 90 % agreement on test images, with rules fitted afterwards in both cases."""
+    """At 95 to 99 % agreement on test images, with rules fitted afterwards in both cases."""
     costs = {}
     for name in ("before", "after"):
-        encoder, module = build(weights, mirror=False)
+        encoder, module = build(
+            weights, mirror=False, neighbours=10, final_temperature=0.2
+        )  # few images, no photographs
         if name == "after":
             train(module, digits[:900], epochs=20, batch_size=100, progress=False)
         exits = [point.name for point in module.tapped.staged.exit_points]
         c = ExitClusterer(encoder, n_clusters=10, exits=exits, holdout=0, progress=False).fit(digits[:900])
         c.calibrate(digits[900:1350])
         cost, agreement = c.trade_off(digits[1350:])
-        costs[name] = cost[agreement >= 0.9].min()
-    assert costs["after"] < costs["before"] - 0.03
+        costs[name] = np.mean([cost[agreement >= asked].min() for asked in (0.95, 0.98, 0.99)])
+    assert costs["after"] < costs["before"] - 0.02
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"exit_loss": "hard"}, "exit_loss must be one of"),
-        ({"hidden": 0}, "rounds and hidden >= 1"),
-        ({"rounds": 0}, "rounds and hidden >= 1"),
+        ({"hidden": 0}, "hidden, neighbours >= 1"),
+        ({"rounds": 0}, "hidden, neighbours >= 1"),
+        ({"neighbours": 0}, "hidden, neighbours >= 1"),
         ({"mutual": 1.0}, "mutual must lie in"),
-        ({"temperature": 0.0}, "temperature > 0"),
+        ({"temperature": 0.0}, "sharpness > 0"),
+        ({"sharpness": 0.0}, "sharpness > 0"),
     ],
 )
 def test_what_cannot_be_distilled(weights, options, message):

@@ -196,7 +196,7 @@ def test_a_loss_that_is_not_finite_stops_with_its_step_and_the_last_good_checkpo
     ("options", "message"),
     [
         ({"batch_size": 128}, "100 images do not fill one batch of 128"),
-        ({"epochs": 0}, "epochs, batch_size"),
+        ({"epochs": 0}, "needs epochs and monitor_every >= 1"),
         ({"batch_size": 1}, "batch_size must be a multiple of devices, at least two each"),
         ({"logger": "wandb"}, "logger must be one of"),
         ({"device": "cuda:1"}, "device must be one of"),
