@@ -139,8 +139,8 @@ def test_finer_guarantees_hold_for_every_part(guarantee, n):
     """Over redraws, in no part more than eps disagree; "overall" breaks that for the worse part nearly always."""
     rng = np.random.default_rng(0)
     path = one_threshold(*np.linspace(1, 0, 200))
-    eps, confidence, draws = 0.05, 0.9, 200
-    world = two_kinds(rng, 200_000)
+    eps, confidence, draws = 0.05, 0.9, 100
+    world = two_kinds(rng, 100_000)
     failures = {"overall": 0, guarantee: 0}
     for _ in range(draws):
         data, shaping = two_kinds(rng, n), two_kinds(rng, n // 3)
