@@ -4,6 +4,6 @@ from ssl_exit.clusterer import ExitClusterer
 from ssl_exit.data.preprocessing import Preprocessing
 from ssl_exit.encoders.build import EncoderSpec
 from ssl_exit.encoders.graph import list_exits
-from ssl_exit.loading import load
+from ssl_exit.saving import load
 
 __all__ = ["EncoderSpec", "ExitClusterer", "Preprocessing", "list_exits", "load"]

@@ -18,8 +18,8 @@ from ssl_exit.encoders import graph
 from ssl_exit.encoders.build import EncoderSpec
 from ssl_exit.encoders.tapped import TappedEncoder
 from ssl_exit.errors import InputError
-from ssl_exit.loading import load
 from ssl_exit.report.tables import exit_points_table, exit_table, explanation_table, summary, text_table
+from ssl_exit.saving import load
 from ssl_exit.storage import check_model_folder, whole_file, write_labels
 
 NOT_COMPARED = ("out", "resume", "device", "devices", "num_workers", "logger", "precision", "compile", "monitor_every")

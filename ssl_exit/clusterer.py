@@ -2,47 +2,38 @@
 
 import copy
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, replace
-from importlib.metadata import version
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from sklearn.base import BaseEstimator
 from sklearn.exceptions import NotFittedError
 from sklearn.utils.validation import check_is_fitted
 from torch import nn
 
-from ssl_exit.calibration import FITTED, calibrate, shape, split_held_out, work
+from ssl_exit.building import build
+from ssl_exit.calibration import FITTED, calibrate, split_held_out, work
 from ssl_exit.cascade import ExitResult
-from ssl_exit.data.images import Batch, ImageData, ImageSource, mirrored, open_images
+from ssl_exit.data.images import Batch, ImageData, ImageSource, open_images
 from ssl_exit.data.preprocessing import Preprocessing
 from ssl_exit.data.reading import name_of, read, warn_of_skipped
 from ssl_exit.drift import DriftAudit
 from ssl_exit.encoders.build import EncoderSpec
 from ssl_exit.encoders.graph import ExitPoint, as_module
 from ssl_exit.encoders.stages import MOST_EXITS
-from ssl_exit.encoders.tapped import TappedEncoder
 from ssl_exit.errors import InputError
-from ssl_exit.exits.across import AcrossExits
-from ssl_exit.exits.certificate import Certificate, Fingerprint
+from ssl_exit.exits.certificate import Certificate
 from ssl_exit.exits.final import FinalClusters
-from ssl_exit.exits.registry import build_rules, rule_classes
+from ssl_exit.exits.registry import rule_classes
 from ssl_exit.exits.thresholds import trade_off
-from ssl_exit.fingerprint import SeenImages, images_hash, noted, settings_hash, tensors_hash
-from ssl_exit.fitting import collect, first_images
+from ssl_exit.fingerprint import SeenImages, fingerprint
+from ssl_exit.fitting import first_images
 from ssl_exit.measure.evaluation import Evaluation, evaluate
 from ssl_exit.measure.explanation import Explanation, explain
-from ssl_exit.measure.timing import stage_seconds
-from ssl_exit.parameters import check_parameters, checked_classes, usable_device
-from ssl_exit.placement import ExitChoice, choose
-from ssl_exit.storage import write_model
-
-SAVED_SETTINGS = 100  # of the threshold path
-
-_REBUILT = ("encoder", "preprocessing", "exits")  # parameters that a saved model holds in another form
+from ssl_exit.parameters import check_parameters, checked_classes
 
 
 class ExitClusterer(BaseEstimator):
@@ -239,29 +230,18 @@ class ExitClusterer(BaseEstimator):
         Raises:
             InputError: data that cannot be opened, or images of another shape than in fit().
         """
-        self._check_fitted()
-        source = self._open(data)
-        batches = self._batches(source, np.arange(len(source)), "cluster")
-        watch, audit = self.audit_, None
-        rng = np.random.default_rng((self.random_state, watch.images if watch else 0))
-        if watch is not None:
-            audit = rng.random(len(source)) < watch.share
+        source, batches = self._all(data, "cluster")
+        rng = np.random.default_rng((self.random_state, self.audit_.images if self.audit_ else 0))
+        audit = self.audit_.choose(len(source), rng) if self.audit_ else None
         result = self.cascade_.run(batches, len(source), self.batch_size, audit)
         warn_of_skipped(result.skipped, source)
-        if watch is not None:
-            good = result.labels >= 0
-            calm = watch.alarm is None
-            rows = rng.permutation(np.flatnonzero(good))  # a folder comes class by class
-            watch.update(result.audited[rows] >= 0, result.audited[rows] != result.labels[rows])
-            if calm and watch.alarm is not None:
-                warnings.warn(str(watch), stacklevel=2)
+        if self.audit_ and self.audit_.take(result, rng):
+            warnings.warn(str(self.audit_), stacklevel=2)
         return result
 
     def predict_full(self, data: ImageData) -> np.ndarray:
         """Labels of the whole encoder, (N,) int64; -1 where an image is unusable."""
-        self._check_fitted()
-        source = self._open(data)
-        batches = self._batches(source, np.arange(len(source)), "whole encoder")
+        source, batches = self._all(data, "whole encoder")
         labels, skipped = self.cascade_.full(batches, len(source))
         warn_of_skipped(skipped, source)
         return labels
@@ -280,11 +260,9 @@ class ExitClusterer(BaseEstimator):
         Raises:
             InputError: images or targets of another shape, or no image that can be used.
         """
-        self._check_fitted()
-        source = self._open(data)
+        source, batches = self._all(data, "evaluate")
         if targets is not None and np.shape(targets) != (len(source),):
             raise InputError(f"targets must have shape ({len(source)},), one for each image; got {np.shape(targets)}")
-        batches = self._batches(source, np.arange(len(source)), "evaluate")
         found = evaluate(self.cascade_, batches, len(source), self.batch_size, targets)
         warn_of_skipped(found.result.skipped, source)
         return found
@@ -298,9 +276,7 @@ class ExitClusterer(BaseEstimator):
         Raises:
             InputError: data that cannot be opened, or no image that can be used.
         """
-        self._check_fitted()
-        source = self._open(data)
-        batches = self._batches(source, np.arange(len(source)), "explain")
+        source, batches = self._all(data, "explain")
         recorded, skipped = self.cascade_.record(batches, len(source))
         if len(recorded) == 0:
             raise InputError(
@@ -313,9 +289,8 @@ class ExitClusterer(BaseEstimator):
 
     def trade_off(self, data: ImageData) -> tuple[np.ndarray, np.ndarray]:
         """Cost (multiply-adds) and agreement of every setting on `threshold_path_` on these images, (S,) and (S,)."""
-        self._check_fitted()
-        source = self._open(data)
-        recorded, _ = self.cascade_.record(self._batches(source, np.arange(len(source)), "record"), len(source))
+        source, batches = self._all(data, "record")
+        recorded, _ = self.cascade_.record(batches, len(source))
         return trade_off(self.threshold_path_, recorded, self.cascade_.costs)
 
     def save(self, folder: str | Path) -> None:
@@ -324,36 +299,15 @@ class ExitClusterer(BaseEstimator):
         Raises:
             InputError: the folder exists and holds anything else.
         """
+        from ssl_exit.saving import save  # which needs this class
+
         self._check_fitted()
-        tapped = self.cascade_.tapped
-        exits = self.cascade_.exits_state()
-        exits |= {"stage_seconds": torch.from_numpy(self.stage_seconds_)}
-        exits |= {"exit_seconds": torch.from_numpy(self.exit_seconds_)}
-        few = np.unique(np.linspace(0, len(self.threshold_path_) - 1, SAVED_SETTINGS).round().astype(int))
-        exits |= {"path": torch.from_numpy(self.threshold_path_[few])}
-        exits |= {"path_disagreement": torch.from_numpy(self.path_disagreement_[few])}
-        exits |= {"fit_images": torch.from_numpy(self.fit_images_.view(np.int64))}
-        about = {
-            "encoder": {"spec": self.spec_.name if self.spec_ else None, "class": type(self.encoder_).__name__},
-            "params": {k: v for k, v in self.get_params(deep=False).items() if k not in _REBUILT},
-            "preprocessing": self.preprocessing.to_dict() if self.preprocessing else None,
-            "image": self.image_shape_,
-            "exits": [point.name for point in self.exit_points_],
-            "descriptor": [descriptor.kind for descriptor in tapped.descriptors],
-            "accumulate": tapped.accumulate,
-            "features": "the encoder's output" if tapped.output.layout == "vector" else "average of the output",
-            "certificate": self._certificate.to_dict(),
-            "exit_choices": [asdict(choice) for choice in self.exit_choices_],
-            "skipped": self.skipped_,
-            "n_fit": self.n_fit_,
-            "n_sample": self.n_sample_,
-        }
-        write_model(Path(folder), about, self.encoder_.state_dict(), exits)
+        save(self, Path(folder))
 
     @property
     def certificate_(self) -> Certificate:
         self._check_fitted()
-        return self._certificate.checked(self._fingerprint())
+        return self._certificate.checked(fingerprint(self.encoder_, self.cascade_, self.preprocessing))
 
     @property
     def exit_points_(self) -> list[ExitPoint]:
@@ -384,66 +338,12 @@ class ExitClusterer(BaseEstimator):
         self.encoder_ = copy.deepcopy(given).cpu().eval()
         example = first_images(source, order, self.batch_size)
         self.image_shape_ = tuple(example.shape[1:])
-        tapped = self._tapped(self.exits, example, self.descriptor, self.accumulate)
-        rules = build_rules(self.rule, tapped.seen, self.n_clusters, self.rule_options)
-        used: list[np.ndarray] = []
-        passes: list[Iterable[Batch]] = [noted(self._batches(source, order, "fit"), used)]
-        if self.mirror:
-            passes.append(mirrored(self._batches(source, order, "fit, mirrored")))
-        collected = collect(
-            tapped,
-            passes,
-            len(order),
-            n_clusters=self.n_clusters,
-            spherical=self.spherical,
-            seed=self.random_state,
-            scatter=any(rule.needs_scatter for rule in rules),
-            soft=any(rule.needs_soft for rule in rules),
-            sample_images=max(rule.sample_images for rule in rules),
-            supervised=self.supervised,
-            classes=classes,
-        )
-        across = AcrossExits(self.patience, self.ensemble)
-        self.cascade_ = collected.fit(tapped, rules, across, self.random_state)
-        self.stage_seconds_, self.exit_seconds_ = stage_seconds(self.cascade_, example)
-        self.exit_choices_ = []
-        if self.exits == "auto" and len(shaping):
-            self.exit_choices_ = self._choose(source, shaping)
-        kept = [i for i, choice in enumerate(self.exit_choices_) if choice.kept]
-        if 0 < len(kept) < len(self.exit_choices_):
-            collected = collected.at(tapped, kept)
-            kinds = [tapped.descriptors[i].kind for i in kept]
-            names = [self.exit_choices_[i].name for i in kept]
-            tapped = self._tapped(names, example, kinds, tapped.accumulate)
-            rules = build_rules(self.rule, tapped.seen, self.n_clusters, self.rule_options)
-            self.cascade_ = collected.fit(tapped, rules, across, self.random_state)
-            self.stage_seconds_, self.exit_seconds_ = stage_seconds(self.cascade_, example)
-        self.skipped_ = collected.skipped
-        self.fit_images_ = SeenImages(used).hashes
-        self.n_fit_, self.n_sample_ = collected.n_fit, collected.n_clustered
-
-    def _tapped(
-        self, exits: str | Sequence[str], example: torch.Tensor, descriptor: str | Sequence[str], accumulate: bool
-    ) -> TappedEncoder:
-        self.encoder_.cpu()  # stages of an earlier cut share its parameters and may have moved them
-        tapped = TappedEncoder.build(
-            self.encoder_, exits, example, descriptor=descriptor, accumulate=accumulate, normalize=self.normalize
-        )
-        return tapped.eval().to(usable_device(self.device))
-
-    def _choose(self, source: ImageSource, shaping: np.ndarray) -> list[ExitChoice]:
-        """Which of the exits in place pay for themselves on held-out images.
-
-        None are judged where exits depend on each other (patience, ensembling): without one, others say otherwise.
-        """
-        if self.patience > 1 or self.ensemble:
-            return []
-        batches = self._batches(source, shaping, "place exits")
-        recorded, _, _ = shape(self.cascade_.with_own_rules(), batches, len(shaping))
-        if len(recorded) == 0:
-            return []
-        stage, own = work(self.cascade_, self.stage_seconds_, self.exit_seconds_, self.cost)
-        return choose(self.exit_names_[:-1], recorded, stage, own, self.n_clusters, self.max_disagreement)
+        read = partial(self._batches, source)
+        found = build(self.encoder_, self.get_params(deep=False), example, read, order, shaping, classes)
+        self.cascade_, self.exit_choices_ = found.cascade, found.choices
+        self.stage_seconds_, self.exit_seconds_ = found.stage_seconds, found.exit_seconds
+        self.fit_images_, self.skipped_ = found.images, found.skipped
+        self.n_fit_, self.n_sample_ = found.n_fit, found.n_sample
 
     def _split(self, held: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         exits = MOST_EXITS if self.exits == "auto" else len(self.exits)
@@ -456,7 +356,7 @@ class ExitClusterer(BaseEstimator):
         """
         found = calibrate(
             self.cascade_,
-            lambda order, what: self._batches(source, order, what),
+            partial(self._batches, source),
             *self._split(held),
             np.cumsum(np.add(*work(self.cascade_, self.stage_seconds_, self.exit_seconds_, self.cost))),
             SeenImages([self.fit_images_]),
@@ -472,24 +372,13 @@ class ExitClusterer(BaseEstimator):
                 f"{name_of(source, again[0])}; calibrate on images that fit() did not see"
             )
         self.cascade_, self._shaped = found.cascade, found.shaped
-        about = replace(self._fingerprint(), images=images_hash(found.images))
+        about = fingerprint(self.encoder_, self.cascade_, self.preprocessing, found.images)
         self._certificate = replace(found.certificate, fingerprint=about)
         self._watch()
         self.threshold_path_, self.path_disagreement_ = found.path, found.path_disagreement
         if len(held) and found.certificate.settings == 0:
             warnings.warn(str(found.certificate), stacklevel=3)
         return found.skipped
-
-    def _fingerprint(self) -> Fingerprint:
-        """Of the model as it is now."""
-        modules = [type(module).__name__ for module in self.encoder_.modules()]
-        return Fingerprint(
-            encoder=settings_hash([modules, tensors_hash(self.encoder_.state_dict())]),
-            preprocessing=settings_hash(self.preprocessing.to_dict() if self.preprocessing else None),
-            exits=settings_hash([self.cascade_.settings, tensors_hash(self.cascade_.exits_state())]),
-            images="",
-            version=version("ssl-exit"),
-        )
 
     def _watch(self) -> None:
         """Begin the audit anew."""
@@ -499,6 +388,12 @@ class ExitClusterer(BaseEstimator):
 
     def _open(self, data: ImageData) -> ImageSource:
         return open_images(data, self.preprocessing, self.num_workers)
+
+    def _all(self, data: ImageData, what: str) -> tuple[ImageSource, Iterator[Batch]]:
+        """Images for a fitted model, and batches of all of them in order."""
+        self._check_fitted()
+        source = self._open(data)
+        return source, self._batches(source, np.arange(len(source)), what)
 
     def _batches(self, source: ImageSource, order: np.ndarray, what: str) -> Iterator[Batch]:
         return read(source, order, self.batch_size, self.image_shape_, what, self.progress)

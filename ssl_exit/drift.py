@@ -17,6 +17,7 @@ from collections import deque
 import numpy as np
 from scipy.special import logsumexp
 
+from ssl_exit.cascade import ExitResult
 from ssl_exit.errors import InputError
 
 BLOCK = 500  # images between two moments at which betting begins
@@ -60,6 +61,21 @@ class DriftAudit:
     def evidence(self) -> float:
         """The largest wealth so far: against the claim, 1 / alpha raises the alarm."""
         return float(np.exp(min(self._largest, 700.0)))
+
+    def choose(self, n: int, rng: np.random.Generator) -> np.ndarray:
+        """Which of n images go on to the end wherever they leave, (n,) bool."""
+        return rng.random(n) < self.share
+
+    def take(self, result: ExitResult, rng: np.random.Generator) -> bool:
+        """Take in what became of images, in random order, since a folder comes class by class.
+
+        Returns:
+            Whether this raised the alarm.
+        """
+        before = self.alarm
+        rows = rng.permutation(np.flatnonzero(result.labels >= 0))
+        self.update(result.audited[rows] >= 0, result.audited[rows] != result.labels[rows])
+        return before is None and self.alarm is not None
 
     def update(self, audited: np.ndarray, disagree: np.ndarray) -> None:
         """Take in images in the order of the stream.

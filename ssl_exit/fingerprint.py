@@ -3,15 +3,61 @@
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ssl_exit.data.images import Batch
+from ssl_exit.data.preprocessing import Preprocessing
+
+if TYPE_CHECKING:
+    from ssl_exit.cascade import Cascade
 
 REPEATED = "an image of the same content came before"
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What a certificate is about, as SHA-256 of each.
+
+    Attributes:
+        encoder: its modules' types, and weights.
+        preprocessing: its settings.
+        exits: rules, final clusters, thresholds, and the settings of the cascade.
+        images: those that certified.
+        version: of ssl_exit.
+    """
+
+    encoder: str
+    preprocessing: str
+    exits: str
+    images: str
+    version: str
+
+
+def fingerprint(
+    encoder: nn.Module, cascade: "Cascade", preprocessing: Preprocessing | None, images: np.ndarray | None = None
+) -> Fingerprint:
+    """Of a model as it is now.
+
+    Args:
+        encoder: the whole encoder.
+        cascade: with its thresholds.
+        preprocessing: of its images.
+        images: hashes of those that certify, (n,) uint64, if they are known.
+    """
+    modules = [type(module).__name__ for module in encoder.modules()]
+    return Fingerprint(
+        encoder=settings_hash([modules, tensors_hash(encoder.state_dict())]),
+        preprocessing=settings_hash(preprocessing.to_dict() if preprocessing else None),
+        exits=settings_hash([cascade.settings, tensors_hash(cascade.exits_state())]),
+        images="" if images is None else images_hash(images),
+        version=version("ssl-exit"),
+    )
 
 
 def tensors_hash(tensors: Mapping[str, Tensor]) -> str:

@@ -13,9 +13,9 @@ LARGEST = 32 << 20  # bytes; where glibc's own threshold for mmap stops growing
 def kept_memory() -> Iterator[None]:
     """Within, memory that is freed stays with the process, so that the next step need not ask for it again.
 
-    glibc hands large tensors back to the system at once; the page faults of getting them anew take a fifth of a
-    training step on a CPU. Afterwards all that is free is handed back, and glibc's
-    thresholds are those it would come to by itself (MALLOC_ variables are overruled). Without glibc nothing changes.
+    glibc hands large tensors back to the system at once, and getting them anew costs page faults in every training
+    step. Afterwards all that is free is handed back, and glibc's thresholds are those it would come to by itself
+    (MALLOC_ variables are overruled). Without glibc nothing changes.
     """
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if libc is None or not hasattr(libc, "mallopt") or not hasattr(libc, "malloc_trim"):

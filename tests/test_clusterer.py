@@ -118,7 +118,7 @@ def test_an_interrupted_fit_or_calibration_loses_nothing(encoder, rgb_digits, mo
     c = clusterer(encoder).fit(rgb_digits[:400])
     before, state = c.predict(rgb_digits[400:500]), c.certificate_
     thresholds = c.cascade_.thresholds.clone()
-    for target in ("ssl_exit.clusterer.collect", "ssl_exit.calibration.certify"):
+    for target in ("ssl_exit.building.collect", "ssl_exit.calibration.certify"):
         with monkeypatch.context() as patch:
             patch.setattr(target, lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
             with pytest.raises(KeyboardInterrupt):
@@ -361,7 +361,7 @@ def test_time_as_the_cost_that_is_saved(encoder, rgb_digits, monkeypatch):
     def seconds(cascade, *_):
         return np.array([0.05, 0.05, 0.9]), np.array([0.2, 0.0, 0.0])
 
-    monkeypatch.setattr("ssl_exit.clusterer.stage_seconds", seconds)
+    monkeypatch.setattr("ssl_exit.building.stage_seconds", seconds)
     by_time = clusterer(encoder, exits=exits, cost="time").fit(rgb_digits[:800])
     exits_taken = by_time.run(rgb_digits[800:]).exits
     assert (exits_taken == 1).mean() > (

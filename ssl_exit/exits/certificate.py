@@ -22,28 +22,10 @@ import numpy as np
 from scipy.stats import beta, binom
 
 from ssl_exit.exits.thresholds import NEVER, Recorded, simulate
+from ssl_exit.fingerprint import Fingerprint
 
 SURE = 2.0  # standard deviations by which an exit and label should pass to be tried
 GUARANTEES = ("overall", "cluster", "exit", "expectation")
-
-
-@dataclass(frozen=True)
-class Fingerprint:
-    """What a certificate is about, as SHA-256 of each.
-
-    Attributes:
-        encoder: its modules' types, and weights.
-        preprocessing: its settings.
-        exits: rules, final clusters, thresholds, and the settings of the cascade.
-        images: those that certified.
-        version: of ssl_exit.
-    """
-
-    encoder: str
-    preprocessing: str
-    exits: str
-    images: str
-    version: str
 
 
 @dataclass(frozen=True)

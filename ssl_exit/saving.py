@@ -1,8 +1,9 @@
-"""Reading a saved model back."""
+"""Saving a model, and reading it back."""
 
 import copy
 import warnings
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,43 @@ from ssl_exit.exits.final import Final, FinalClasses, FinalClusters
 from ssl_exit.exits.registry import build_rules
 from ssl_exit.parameters import usable_device
 from ssl_exit.placement import ExitChoice
-from ssl_exit.storage import WEIGHTS, read_model
+from ssl_exit.storage import WEIGHTS, read_model, write_model
+
+SETTINGS = 100  # of the threshold path that are saved
+REBUILT = ("encoder", "preprocessing", "exits")  # parameters that a saved model holds in another form
+
+
+def save(c: ExitClusterer, folder: Path) -> None:
+    """Write a fitted clusterer (see `ExitClusterer.save`); `load` reads it.
+
+    Raises:
+        InputError: the folder exists and holds anything else.
+    """
+    tapped = c.cascade_.tapped
+    few = np.unique(np.linspace(0, len(c.threshold_path_) - 1, SETTINGS).round().astype(int))
+    exits = c.cascade_.exits_state() | {
+        "stage_seconds": torch.from_numpy(c.stage_seconds_),
+        "exit_seconds": torch.from_numpy(c.exit_seconds_),
+        "path": torch.from_numpy(c.threshold_path_[few]),
+        "path_disagreement": torch.from_numpy(c.path_disagreement_[few]),
+        "fit_images": torch.from_numpy(c.fit_images_.view(np.int64)),
+    }
+    about = {
+        "encoder": {"spec": c.spec_.name if c.spec_ else None, "class": type(c.encoder_).__name__},
+        "params": {k: v for k, v in c.get_params(deep=False).items() if k not in REBUILT},
+        "preprocessing": c.preprocessing.to_dict() if c.preprocessing else None,
+        "image": c.image_shape_,
+        "exits": [point.name for point in c.exit_points_],
+        "descriptor": [descriptor.kind for descriptor in tapped.descriptors],
+        "accumulate": tapped.accumulate,
+        "features": "the encoder's output" if tapped.output.layout == "vector" else "average of the output",
+        "certificate": c._certificate.to_dict(),
+        "exit_choices": [asdict(choice) for choice in c.exit_choices_],
+        "skipped": c.skipped_,
+        "n_fit": c.n_fit_,
+        "n_sample": c.n_sample_,
+    }
+    write_model(folder, about, c.encoder_.state_dict(), exits)
 
 
 def load(
