@@ -10,15 +10,16 @@ from torch import Tensor, nn
 from ssl_exit.calibration import shape, work
 from ssl_exit.cascade import Cascade
 from ssl_exit.data.images import Batch, mirrored
+from ssl_exit.encoders.compiling import can_compile
 from ssl_exit.encoders.tapped import TappedEncoder
 from ssl_exit.exits.across import AcrossExits
 from ssl_exit.exits.registry import build_rules
 from ssl_exit.exits.rules import ExitRule
 from ssl_exit.fingerprint import SeenImages, noted
 from ssl_exit.fitting import Collected, collect
-from ssl_exit.measure.timing import stage_seconds
 from ssl_exit.parameters import usable_device
 from ssl_exit.placement import ExitChoice, choose
+from ssl_exit.timing import stage_times
 
 Read = Callable[[np.ndarray, str], Iterable[Batch]]  # images at given positions; what they are read for
 
@@ -29,8 +30,6 @@ class Built:
 
     Attributes:
         cascade: whose thresholds let nothing exit yet.
-        stage_seconds: measured seconds an image of every stage, (E + 1,).
-        exit_seconds: of every exit's own work and, last, of the final assignment, (E + 1,).
         choices: why each candidate exit was kept or left out; empty where none was judged.
         images: hashes of the images used, (N,) uint64.
         skipped: position and reason of images that could not be used.
@@ -39,8 +38,6 @@ class Built:
     """
 
     cascade: Cascade
-    stage_seconds: np.ndarray
-    exit_seconds: np.ndarray
     choices: list[ExitChoice]
     images: np.ndarray
     skipped: dict[int, str]
@@ -60,7 +57,7 @@ def build(
     """Final clusters and a rule at every exit; with exits="auto" those exits that do not pay are left out again.
 
     Args:
-        encoder: on the CPU; its stages move to the device in use.
+        encoder: stays as it is; what runs is a copy.
         given: parameters of `ExitClusterer`, checked.
         example: a batch of images as the encoder takes them, (N, C, H, W).
         read: gives images.
@@ -90,18 +87,20 @@ def build(
         supervised=given["supervised"],
         classes=classes,
     )
-    cascade, stages, exits = _fitted(collected, tapped, rules, given, example)
-    choices = _choices(cascade, stages, exits, given, read, shaping)
+    cascade = _fitted(collected, tapped, rules, given)
+    cascade.times = stage_times(cascade, example)
+    choices = _choices(cascade, given, read, shaping)
     kept = [i for i, choice in enumerate(choices) if choice.kept]
     if 0 < len(kept) < len(choices):
         collected = collected.at(tapped, kept)
         kinds = [tapped.descriptors[i].kind for i in kept]
-        encoder.cpu()  # stages of the first cut share its parameters and may have moved them
+        times = cascade.times.without(kept)
         tapped = _cut(encoder, given, [choices[i].name for i in kept], example, kinds, tapped.accumulate)
         rules = build_rules(given["rule"], tapped.seen, given["n_clusters"], given["rule_options"])
-        cascade, stages, exits = _fitted(collected, tapped, rules, given, example)
+        cascade = _fitted(collected, tapped, rules, given)
+        cascade.times = times
     images, skipped = SeenImages(used).hashes, collected.skipped
-    return Built(cascade, stages, exits, choices, images, skipped, collected.n_fit, collected.n_clustered)
+    return Built(cascade, choices, images, skipped, collected.n_fit, collected.n_clustered)
 
 
 def _cut(
@@ -115,26 +114,19 @@ def _cut(
     tapped = TappedEncoder.build(
         encoder, exits, example, descriptor=descriptor, accumulate=accumulate, normalize=given["normalize"]
     )
-    return tapped.eval().to(usable_device(given["device"]))
+    return tapped.for_inference(given["precision"]).to(usable_device(given["device"]))
 
 
 def _fitted(
-    collected: Collected, tapped: TappedEncoder, rules: Sequence[ExitRule], given: Mapping[str, Any], example: Tensor
-) -> tuple[Cascade, np.ndarray, np.ndarray]:
-    """A cascade with fitted rules, and seconds an image of its stages and of its exits, (E + 1,) each."""
+    collected: Collected, tapped: TappedEncoder, rules: Sequence[ExitRule], given: Mapping[str, Any]
+) -> Cascade:
     across = AcrossExits(given["patience"], given["ensemble"])
     cascade = collected.fit(tapped, rules, across, given["random_state"])
-    return cascade, *stage_seconds(cascade, example)
+    cascade.compiles = given["compile"] and can_compile(cascade.thresholds.device)
+    return cascade
 
 
-def _choices(
-    cascade: Cascade,
-    stage_seconds: np.ndarray,
-    exit_seconds: np.ndarray,
-    given: Mapping[str, Any],
-    read: Read,
-    shaping: np.ndarray,
-) -> list[ExitChoice]:
+def _choices(cascade: Cascade, given: Mapping[str, Any], read: Read, shaping: np.ndarray) -> list[ExitChoice]:
     """Which of the exits in place pay for themselves on held-out images.
 
     None are judged where they were named, where nothing is held out, and where exits depend on each other (patience,
@@ -146,5 +138,5 @@ def _choices(
     if len(recorded) == 0:
         return []
     names = [point.name for point in cascade.tapped.staged.exit_points]
-    stage, own = work(cascade, stage_seconds, exit_seconds, given["cost"])
+    stage, own = work(cascade, given["cost"])
     return choose(names, recorded, stage, own, given["n_clusters"], given["max_disagreement"])

@@ -49,18 +49,15 @@ def split_held_out(held: np.ndarray, logits_per_image: int) -> tuple[np.ndarray,
     return shaping, certifying
 
 
-def work(
-    cascade: Cascade, stage_seconds: np.ndarray, exit_seconds: np.ndarray, cost: str
-) -> tuple[np.ndarray, np.ndarray]:
+def work(cascade: Cascade, cost: str) -> tuple[np.ndarray, np.ndarray]:
     """Cost of every stage and of every exit's own work / the whole encoder's, (E + 1,) each.
 
     Args:
-        cascade: whose multiply-adds count where cost is "macs".
-        stage_seconds: measured time of every stage, (E + 1,), which counts where cost is "time".
-        exit_seconds: of every exit's own work and, last, of the final assignment, (E + 1,).
-        cost: "macs" or "time".
+        cascade: with measured times.
+        cost: "macs" for its multiply-adds, or "time".
     """
-    stage, own = stage_seconds, exit_seconds
+    assert cascade.times is not None
+    stage, own = cascade.times.stage_seconds, cascade.times.exit_seconds
     if cost == "macs":
         stage = np.array(cascade.tapped.staged.macs, dtype=np.float64)
         own = np.diff(cascade.costs, prepend=0) * (stage.sum() + cascade.final.macs) - stage

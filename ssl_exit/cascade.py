@@ -1,13 +1,8 @@
-"""Runs stages and exits, and stops early: images that leave an exit are never computed further.
-
-Images in a stream wait in one queue a stage. A stage runs as soon as its queue holds a full batch, the
-deepest first, so every stage runs at one shape and memory stays below two batches a stage; what is left is
-flushed at the end. A single batch goes through directly, its survivors compacted after every stage.
-"""
+"""Stages, exits and thresholds joined: what leaves where, and what it costs."""
 
 import copy
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -15,36 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from ssl_exit.data.images import Batch
+from ssl_exit.data.transfer import on_device
+from ssl_exit.encoders.compiling import call_compiled, compile_for_inference, without_compiling
 from ssl_exit.encoders.tapped import TappedEncoder
+from ssl_exit.engine import NOT_FINITE, ExitResult, Run, Segment, finite_images, not_finite, segments, used_exits
 from ssl_exit.exits.across import AcrossExits
 from ssl_exit.exits.final import Final
 from ssl_exit.exits.rules import ExitRule
 from ssl_exit.exits.thresholds import Recorded
-
-NOT_FINITE = "pixels or features are NaN or infinite"
-
-
-@dataclass(frozen=True)
-class ExitResult:
-    """What became of each image, in input order.
-
-    Attributes:
-        labels: final cluster, (N,) int64; -1 for an image that could not be used.
-        exits: index of the exit it left at, (N,) int64; the number of exits means the end.
-        scores: its score there, (N,) float32; 1 at the end, NaN for an image that could not be used.
-        cost: multiply-adds spent on it, exits' own included / those of the whole encoder, (N,) float64; NaN
-            for an image that could not be used.
-        skipped: position and reason of every image that could not be used.
-        audited: label of the whole encoder for images that left early and went on to the end all the same, (N,) int64;
-            -1 for all others.
-    """
-
-    labels: np.ndarray
-    exits: np.ndarray
-    scores: np.ndarray
-    cost: np.ndarray
-    skipped: dict[int, str]
-    audited: np.ndarray
+from ssl_exit.memory import kept_memory
+from ssl_exit.timing import StageTimes
 
 
 class Cascade(nn.Module):
@@ -56,9 +31,13 @@ class Cascade(nn.Module):
         final: what gives the whole encoder's label, such as the final clusters.
         across: patience and ensembling over exits.
         thresholds: leave at exit e with label k if score >= thresholds[e, k]; (E, K), inf = never.
+        times: of stages and exits, as measured; None: not yet.
+        compiles: whether full batches run through torch.compile; turned off, with a warning, where that fails.
     """
 
     thresholds: Tensor
+    times: StageTimes | None = None
+    compiles = False
 
     def __init__(
         self, tapped: TappedEncoder, rules: Iterable[ExitRule], final: Final, across: AcrossExits | None = None
@@ -70,6 +49,7 @@ class Cascade(nn.Module):
         self.across = across or AcrossExits()
         shape = (len(self.rules), final.n_clusters)
         self.register_buffer("thresholds", torch.full(shape, torch.inf))
+        self._segments: dict[tuple[bool, ...], list[Segment]] = {}
 
     @property
     def exit_rules(self) -> list[ExitRule]:
@@ -78,8 +58,60 @@ class Cascade(nn.Module):
 
     @property
     def costs(self) -> np.ndarray:
-        """Multiply-adds spent when leaving at each exit and at the end / the whole encoder's, (E + 1,)."""
+        """Multiply-adds spent when leaving at each exit and at the end / the whole encoder's, (E + 1,).
+
+        Every exit does its work.
+        """
         return exit_costs(self.tapped, self.exit_rules, self.final)
+
+    @property
+    def costs_now(self) -> np.ndarray:
+        """The same with the thresholds as they are.
+
+        Exits at which nothing can leave, and that no later one builds on, do no work.
+        """
+        return exit_costs(self.tapped, self.exit_rules, self.final, self.used)
+
+    @property
+    def live(self) -> list[bool]:
+        """Whether anything can leave at each exit."""
+        return (self.thresholds <= 1).any(1).tolist()
+
+    @property
+    def used(self) -> np.ndarray:
+        """Whether each exit works, (E,) bool."""
+        return used_exits(self, self.live)
+
+    def segments(self) -> list[Segment]:
+        """What is run one after another with the thresholds as they are."""
+        live = self.live
+        key = tuple(live)
+        if key not in self._segments:
+            found = segments(self, live)
+            if self.compiles:
+                for segment in found:
+                    compile_for_inference(segment, self.thresholds.device)
+            self._segments[key] = found
+        return self._segments[key]
+
+    def call(
+        self, segment: Segment, x: Tensor, described: Tensor, carried: Tensor, *, compiled: bool
+    ) -> tuple[Tensor, ...]:
+        """Run one segment (see `Segment.forward`)."""
+        thresholds = self.thresholds[slice(0) if segment.exit is None else segment.exit]
+        if compiled and self.compiles:
+            try:
+                return call_compiled(segment, x, described, carried, thresholds)
+            except Exception as error:  # whatever the compiler raises; what the images raise is raised again below
+                found = segment.forward(x, described, carried, thresholds)
+                without_compiling(error)
+                self.compiles = False
+                return found
+        return segment.forward(x, described, carried, thresholds)
+
+    def compacting_pays(self, segment: Segment, before: int, after: int) -> bool:
+        """Whether to move survivors together before a segment: `after` of `before` images go on."""
+        return self.times is None or self.times.compacting_pays(segment.stages, before, after)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -90,6 +122,7 @@ class Cascade(nn.Module):
             "accumulate": self.tapped.accumulate,
             "patience": self.across.patience,
             "ensemble": self.across.ensemble,
+            "precision": str(self.tapped.dtype),
             "final": [type(self.final).__name__, getattr(self.final, "spherical", None)],
         }
 
@@ -111,27 +144,27 @@ class Cascade(nn.Module):
         Returns:
             Labels, exits, scores and cost of every image, in the order of its position.
         """
-        run = Run(self, n, batch_size, audit)
-        for batch in batches:
-            run.push(batch)
-        return run.finish()
+        with kept_memory() if n > batch_size else nullcontext():
+            run = Run(self, n, batch_size, audit)
+            for batch in on_device(batches, self.thresholds.device):
+                run.push(batch)
+            return run.finish()
 
     def full(self, batches: Iterable[Batch], n: int) -> tuple[np.ndarray, dict[int, str]]:
         """Labels of the whole encoder, (n,) int64, -1 for an image that could not be used, and why not."""
         labels = np.full(n, -1, dtype=np.int64)
         skipped: dict[int, str] = {}
-        for batch in batches:
+        for batch in on_device(batches, self.thresholds.device):
             skipped.update(batch.skipped)
             if len(batch.indices):
                 labels[batch.indices.numpy()] = self.labels(batch.images).cpu().numpy()
-        return labels, skipped | _not_finite(labels, skipped)
+        return labels, skipped | not_finite(labels, skipped)
 
     @torch.inference_mode()
     def labels(self, images: Tensor) -> Tensor:
         """Labels of the whole encoder for one batch, (N,) int64; -1 where pixels or features are not finite."""
-        x = self._to_device(images)
-        labels = self.final(self.tapped.output(self.tapped.staged(x)))
-        return torch.where(finite_images(x), labels, -1)
+        labels = self.final(self.tapped.final_features(self.tapped.enter(images)))
+        return torch.where(finite_images(images).to(labels.device), labels, -1)
 
     def record(self, batches: Iterable[Batch], n: int) -> tuple[Recorded, dict[int, str]]:
         """Labels and scores of n images at every exit, without leaving.
@@ -187,6 +220,7 @@ class Cascade(nn.Module):
     def with_own_rules(self) -> "Cascade":
         """The same encoder with copies of the rules, and thresholds that let nothing exit."""
         fresh = Cascade(self.tapped, copy.deepcopy(self.exit_rules), self.final, self.across)
+        fresh.times, fresh.compiles = self.times, self.compiles
         return fresh.to(self.thresholds.device)
 
     def _visits(
@@ -194,182 +228,30 @@ class Cascade(nn.Module):
     ) -> Iterator[tuple[slice, list[Tensor], Tensor]]:
         """Per batch: rows so far, logits at every exit, (N, K) each, and labels at the end, (N,)."""
         at = 0
-        for batch in batches:
+        for batch in on_device(batches, self.thresholds.device):
             skipped.update(batch.skipped)
             if len(batch.indices) == 0:
                 continue
             rows = slice(at, at := at + len(batch.indices))
             with torch.inference_mode():
-                images = self._to_device(batch.images)
-                described, features = self.tapped(images)
+                described, features = self.tapped(self.tapped.enter(batch.images))
                 columns = zip(self.exit_rules, self.tapped.columns, strict=True)
                 logits = [rule.logits(described[:, seen]) for rule, seen in columns]
-                final = torch.where(finite_images(images), self.final(features), -1)
+                final = torch.where(finite_images(batch.images).to(features.device), self.final(features), -1)
             skipped.update(dict.fromkeys(batch.indices[final.cpu() < 0].tolist(), NOT_FINITE))
             yield rows, logits, final
 
-    def _to_device(self, images: Tensor) -> Tensor:
-        return images.to(self.thresholds.device, non_blocking=True)
 
+def exit_costs(
+    tapped: TappedEncoder, rules: Sequence[ExitRule], final: Final, used: np.ndarray | None = None
+) -> np.ndarray:
+    """Multiply-adds spent when leaving at each exit and at the end / the whole encoder's, (E + 1,).
 
-class Run:
-    """One pass over images: the queues, and the results as they come in."""
-
-    def __init__(self, cascade: Cascade, n: int, batch_size: int, audit: np.ndarray | None = None) -> None:
-        self.cascade, self.n, self.batch_size = cascade, n, batch_size
-        device = cascade.thresholds.device
-        self.stages = len(cascade.tapped.staged.stages)
-        self.queues: list[_Queue] = [_Queue(2 * batch_size) for _ in range(self.stages)]
-        self.labels = torch.full((n,), -1, dtype=torch.int64, device=device)
-        self.exits = torch.full((n,), self.stages - 1, dtype=torch.int64, device=device)
-        self.scores = torch.full((n,), torch.nan, device=device)
-        self.audit = None if audit is None else torch.from_numpy(audit).to(device)
-        self.audited = torch.full((n,), -1, dtype=torch.int64, device=device)
-        self.skipped: dict[int, str] = {}
-
-    @torch.inference_mode()
-    def push(self, batch: Batch) -> None:
-        """Take in one batch and run whatever stages it fills."""
-        self.skipped.update(batch.skipped)
-        if len(batch.indices) == 0:
-            return
-        images = self.cascade._to_device(batch.images)
-        carried = self.cascade.across.begin(len(images), self.cascade.final.n_clusters, images.device)
-        entering = _Wave(images, images.new_empty(len(images), 0), carried, batch.indices.to(images.device))
-        finite = finite_images(images)
-        if not bool(finite.all()):
-            entering = entering.at(finite.nonzero()[:, 0])
-        if self.n == len(batch.indices) <= self.batch_size:
-            self._through(entering)
-            return
-        if len(entering.indices) == self.batch_size:
-            self._advance(0, entering)  # a full batch need not wait
-        else:
-            self.queues[0].put(entering)
-        self._drain()
-
-    @torch.inference_mode()
-    def finish(self) -> ExitResult:
-        """Flush the queues and hand out the result."""
-        for i in range(self.stages):
-            if len(self.queues[i]):
-                self._advance(i, self.queues[i].take(self.batch_size))
-                self._drain()
-        labels, exits, scores = (t.cpu().numpy() for t in (self.labels, self.exits, self.scores))
-        audited = self.audited.cpu().numpy()
-        cost = np.where(labels >= 0, self.cascade.costs[np.where(audited >= 0, self.stages - 1, exits)], np.nan)
-        return ExitResult(labels, exits, scores, cost, self.skipped | _not_finite(labels, self.skipped), audited)
-
-    def _drain(self) -> None:
-        """Run full batches, the deepest first, until every queue holds less than one."""
-        while (ready := max((i for i, q in enumerate(self.queues) if len(q) >= self.batch_size), default=-1)) >= 0:
-            self._advance(ready, self.queues[ready].take(self.batch_size))
-
-    def _advance(self, stage: int, wave: "_Wave") -> None:
-        """Run a stage on at most one batch and queue the survivors."""
-        survivors = self._step(stage, wave)
-        if survivors is not None:
-            self.queues[stage + 1].put(*survivors)
-
-    def _through(self, wave: "_Wave") -> None:
-        """Take one batch to the end, its survivors compacted after every stage."""
-        for stage in range(self.stages):
-            if len(wave.indices) == 0:
-                return
-            survivors = self._step(stage, wave)
-            if survivors is None:
-                return
-            after, rows = survivors
-            wave = after if rows is None else after.at(rows)
-
-    def _step(self, stage: int, wave: "_Wave") -> "tuple[_Wave, Tensor | None] | None":
-        """Run one stage and its exit; who leaves is written down. Returns the wave and the rows that go on."""
-        tapped = self.cascade.tapped
-        x = tapped.staged.stages[stage](wave.x)
-        if stage == self.stages - 1:
-            labels, indices = self.cascade.final(tapped.output(x)), wave.indices
-            if self.audit is not None:
-                left = self.exits[indices] < stage
-                self.audited[indices[left]] = labels[left]
-                labels, indices = labels[~left], indices[~left]
-            self.labels[indices] = labels
-            self.scores[indices] = torch.where(labels >= 0, 1.0, torch.nan)
-            return None
-        own = tapped.descriptors[stage](x)
-        described = torch.cat([wave.described, own], dim=1) if tapped.accumulate else own
-        rule = self.cascade.exit_rules[stage]
-        labels, scores, carried = self.cascade.across.decide(rule, rule.logits(described), wave.carried, stage)
-        leaves = scores >= self.cascade.thresholds[stage, labels]
-        stays = ~leaves
-        if self.audit is not None:
-            leaves &= self.exits[wave.indices] == self.stages - 1  # once only
-            stays = ~leaves | self.audit[wave.indices]
-        gone = leaves.nonzero()[:, 0]  # here the host waits for the device
-        after = _Wave(x, described if tapped.accumulate else wave.described, carried, wave.indices)
-        if len(gone) == 0:
-            return after, None
-        left = wave.indices[gone]
-        self.labels[left], self.scores[left], self.exits[left] = labels[gone], scores[gone], stage
-        return after, stays.nonzero()[:, 0]
-
-
-@dataclass(frozen=True)
-class _Wave:
-    """Images on their way: the tensor at an exit point, descriptors so far, what exits carry on, and positions."""
-
-    x: Tensor
-    described: Tensor
-    carried: Tensor
-    indices: Tensor
-
-    def at(self, rows: Tensor) -> "_Wave":
-        return _Wave(self.x[rows], self.described[rows], self.carried[rows], self.indices[rows])
-
-
-class _Queue:
-    """Survivors waiting for a stage, in arrays allocated once: small tensors kept alive fragment the heap."""
-
-    def __init__(self, capacity: int) -> None:
-        self.capacity, self.filled = capacity, 0
-        self.arrays: list[Tensor] = []
-
-    def __len__(self) -> int:
-        return self.filled
-
-    def put(self, wave: _Wave, rows: Tensor | None = None) -> None:
-        """Copy the given rows of a wave (or all) in."""
-        parts = (wave.x, wave.described, wave.carried, wave.indices)
-        if not self.arrays:
-            self.arrays = [part.new_empty(self.capacity, *part.shape[1:]) for part in parts]
-        count = len(wave.indices) if rows is None else len(rows)
-        for array, part in zip(self.arrays, parts, strict=True):
-            target = array[self.filled : self.filled + count]
-            if rows is None:
-                target.copy_(part)
-            else:
-                torch.index_select(part, 0, rows, out=target)
-        self.filled += count
-
-    def take(self, most: int) -> _Wave:
-        """The last images put in, at most `most`; to be used before the next `put`."""
-        first = max(0, self.filled - most)
-        wave = _Wave(*(array[first : self.filled] for array in self.arrays))
-        self.filled = first
-        return wave
-
-
-def exit_costs(tapped: TappedEncoder, rules: Sequence[ExitRule], final: Final) -> np.ndarray:
-    """Multiply-adds spent when leaving at each exit and at the end / the whole encoder's, (E + 1,)."""
+    Args:
+        tapped, rules, final: of a cascade.
+        used: exits that do their work, (E,) bool; None: all.
+    """
     whole = sum(tapped.staged.macs) + final.macs
-    own = [d.macs + rule.macs for d, rule in zip(tapped.descriptors, rules, strict=True)]
-    work = [stage + exit_ for stage, exit_ in zip(tapped.staged.macs, [*own, final.macs], strict=True)]
-    return np.cumsum(work) / whole
-
-
-def finite_images(images: Tensor) -> Tensor:
-    """Which images have finite pixels only: (N, C, H, W) -> (N,) bool."""
-    return images.flatten(1).sum(1).isfinite()
-
-
-def _not_finite(labels: np.ndarray, known: dict[int, str]) -> dict[int, str]:
-    return {int(i): NOT_FINITE for i in np.flatnonzero(labels < 0) if int(i) not in known}
+    own = np.array([d.macs + rule.macs for d, rule in zip(tapped.descriptors, rules, strict=True)], dtype=np.int64)
+    own = own if used is None else own * used
+    return np.cumsum(np.array(tapped.staged.macs) + np.append(own, final.macs)) / whole

@@ -165,6 +165,8 @@ def fit(
     rule_options: dict[str, Any] | None = None,
     thresholds: str = "search",
     cost: str = "macs",
+    precision: str = "float32",
+    compile: bool = False,
     patience: int = 1,
     ensemble: bool = False,
     mirror: bool = False,
@@ -201,6 +203,8 @@ def fit(
         rule_options: of the rule, such as --rule-options.hidden 64.
         thresholds: search (for every exit and cluster), exit (one for every exit) or cbt (one for every cluster).
         cost: what thresholds and exits save: macs, or time as measured here.
+        precision: of the encoder and all its answers: float32 or bfloat16.
+        compile: run full batches through torch.compile.
         patience: leave only where so many consecutive exits agree; 1 = off.
         ensemble: answer with the geometric mean of all exits so far.
         mirror: fit rules on mirrored images too; a second pass.
@@ -236,6 +240,8 @@ def fit(
         rule_options=rule_options,
         thresholds=thresholds,
         cost=cost,
+        precision=precision,
+        compile=compile,
         patience=patience,
         ensemble=ensemble,
         mirror=mirror,
@@ -258,7 +264,8 @@ def fit(
     c.fit(images)
     c.save(out)
     _list_skipped(c.skipped_, images.paths)
-    seconds = (c.stage_seconds_.cumsum() + c.exit_seconds_.cumsum()) / c.stage_seconds_.sum()
+    times = c.times_
+    seconds = (times.stage_seconds.cumsum() + times.exit_seconds.cumsum()) / times.stage_seconds.sum()
     rows = [
         (name, f"{macs:.3f}", f"{time:.3f}")
         for name, macs, time in zip(c.exit_names_, c.cascade_.costs, seconds, strict=True)

@@ -16,7 +16,6 @@ from torch import nn
 
 from ssl_exit.building import build
 from ssl_exit.calibration import FITTED, calibrate, split_held_out, work
-from ssl_exit.cascade import ExitResult
 from ssl_exit.data.images import Batch, ImageData, ImageSource, open_images
 from ssl_exit.data.preprocessing import Preprocessing
 from ssl_exit.data.reading import name_of, read, warn_of_skipped
@@ -24,6 +23,7 @@ from ssl_exit.drift import DriftAudit
 from ssl_exit.encoders.build import EncoderSpec
 from ssl_exit.encoders.graph import ExitPoint, as_module
 from ssl_exit.encoders.stages import MOST_EXITS
+from ssl_exit.engine import ExitResult
 from ssl_exit.errors import InputError
 from ssl_exit.exits.certificate import Certificate
 from ssl_exit.exits.final import FinalClusters
@@ -34,6 +34,7 @@ from ssl_exit.fitting import first_images
 from ssl_exit.measure.evaluation import Evaluation, evaluate
 from ssl_exit.measure.explanation import Explanation, explain
 from ssl_exit.parameters import check_parameters, checked_classes
+from ssl_exit.timing import StageTimes
 
 
 class ExitClusterer(BaseEstimator):
@@ -62,6 +63,9 @@ class ExitClusterer(BaseEstimator):
             certificate still holds (see `DriftAudit`); 0: none.
         false_alarm: probability of a false alarm of that audit, however long it goes on.
         cost: what thresholds and exits="auto" save: "macs", or "time": stages as measured in fit().
+        precision: "float32", or "bfloat16": encoder and all its answers, those of the whole encoder too, in bfloat16;
+            faster where the hardware has it (evaluate() says how many labels differ from float32).
+        compile: run full batches through torch.compile; worth it for many images. Falls back with a warning.
         patience: leave only where so many consecutive exits agree; 1 = off (see `AcrossExits`).
         ensemble: let an exit answer with the geometric mean of all exits' probabilities so far.
         supervised: the encoder gives one logit a class (n_clusters of them), and exits learn the classes given as
@@ -89,8 +93,9 @@ class ExitClusterer(BaseEstimator):
             certifying images each of them gives another label, (S,). Both are saved thinned.
         skipped_: position and reason of images that fit() could not use.
         n_fit_: images behind the statistics, mirrored ones counted too; n_sample_: of those, images that k-means saw.
-        stage_seconds_, exit_seconds_: measured seconds an image of each stage and of each exit, (E + 1,) each.
-        encoder_: the copy of the encoder that is run; spec_: its EncoderSpec, if it was given as one.
+        times_: measured seconds of stages and exits at several batch sizes (see `StageTimes`).
+        encoder_: a copy of the encoder, in float32 on the CPU, of which another one, made fast, is run; spec_: its
+            EncoderSpec, if it was given as one.
 
     Notes:
         fit() passes once over the images (twice with `mirror`), after timing stages on one batch. It holds in memory,
@@ -129,6 +134,8 @@ class ExitClusterer(BaseEstimator):
         audit: float = 0.0,
         false_alarm: float = 0.01,
         cost: str = "macs",
+        precision: str = "float32",
+        compile: bool = False,
         patience: int = 1,
         ensemble: bool = False,
         supervised: bool = False,
@@ -157,6 +164,8 @@ class ExitClusterer(BaseEstimator):
         self.audit = audit
         self.false_alarm = false_alarm
         self.cost = cost
+        self.precision = precision
+        self.compile = compile
         self.patience = patience
         self.ensemble = ensemble
         self.supervised = supervised
@@ -310,6 +319,12 @@ class ExitClusterer(BaseEstimator):
         return self._certificate.checked(fingerprint(self.encoder_, self.cascade_, self.preprocessing))
 
     @property
+    def times_(self) -> StageTimes:
+        self._check_fitted()
+        assert self.cascade_.times is not None
+        return self.cascade_.times
+
+    @property
     def exit_points_(self) -> list[ExitPoint]:
         self._check_fitted()
         return self.cascade_.tapped.staged.exit_points
@@ -341,7 +356,6 @@ class ExitClusterer(BaseEstimator):
         read = partial(self._batches, source)
         found = build(self.encoder_, self.get_params(deep=False), example, read, order, shaping, classes)
         self.cascade_, self.exit_choices_ = found.cascade, found.choices
-        self.stage_seconds_, self.exit_seconds_ = found.stage_seconds, found.exit_seconds
         self.fit_images_, self.skipped_ = found.images, found.skipped
         self.n_fit_, self.n_sample_ = found.n_fit, found.n_sample
 
@@ -358,7 +372,7 @@ class ExitClusterer(BaseEstimator):
             self.cascade_,
             partial(self._batches, source),
             *self._split(held),
-            np.cumsum(np.add(*work(self.cascade_, self.stage_seconds_, self.exit_seconds_, self.cost))),
+            np.cumsum(np.add(*work(self.cascade_, self.cost))),
             SeenImages([self.fit_images_]),
             thresholds=self.thresholds,
             guarantee=self.guarantee,

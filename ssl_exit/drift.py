@@ -17,7 +17,7 @@ from collections import deque
 import numpy as np
 from scipy.special import logsumexp
 
-from ssl_exit.cascade import ExitResult
+from ssl_exit.engine import ExitResult
 from ssl_exit.errors import InputError
 
 BLOCK = 500  # images between two moments at which betting begins

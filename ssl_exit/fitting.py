@@ -13,9 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ssl_exit.cascade import NOT_FINITE, Cascade, exit_costs, finite_images
+from ssl_exit.cascade import Cascade, exit_costs
 from ssl_exit.data.images import Batch, ImageSource
+from ssl_exit.data.transfer import on_device
 from ssl_exit.encoders.tapped import TappedEncoder
+from ssl_exit.engine import NOT_FINITE, finite_images
 from ssl_exit.errors import InputError
 from ssl_exit.exits.across import AcrossExits
 from ssl_exit.exits.final import Final, FinalClasses, FinalClusters
@@ -213,12 +215,12 @@ def _described(
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Descriptors, final features and positions, batch by batch; images that are not finite are noted and left out."""
     device = next(tapped.parameters()).device
-    for batch in batches:
+    for batch in on_device(batches, device):
         skipped.update(batch.skipped)
         if len(batch.indices) == 0:
             continue
         with torch.inference_mode():
-            descriptors, features = (t.cpu() for t in tapped(batch.images.to(device)))
+            descriptors, features = (t.cpu() for t in tapped(tapped.enter(batch.images)))
         good = descriptors.isfinite().all(1) & features.isfinite().all(1) & finite_images(batch.images).cpu()
         skipped.update(dict.fromkeys(batch.indices[~good].tolist(), NOT_FINITE))
         yield descriptors[good], features[good], batch.indices.cpu()[good]

@@ -6,12 +6,18 @@ from typing import Any
 import numpy as np
 import torch
 
+from ssl_exit.encoders.inference import PRECISIONS
 from ssl_exit.errors import InputError
 from ssl_exit.exits.across import AcrossExits
 from ssl_exit.exits.certificate import GUARANTEES
 from ssl_exit.exits.registry import check_rule
 
-CHOICES = {"thresholds": ("search", "exit", "cbt"), "guarantee": GUARANTEES, "cost": ("macs", "time")}
+CHOICES = {
+    "thresholds": ("search", "exit", "cbt"),
+    "guarantee": GUARANTEES,
+    "cost": ("macs", "time"),
+    "precision": tuple(PRECISIONS),
+}
 LEAST = {"n_clusters": 1, "batch_size": 1, "random_state": 0, "num_workers": 0}
 SHARES = {"max_disagreement": False, "confidence": False, "holdout": True, "false_alarm": False}  # is 0 allowed?
 

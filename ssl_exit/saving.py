@@ -14,6 +14,7 @@ from ssl_exit.cascade import Cascade
 from ssl_exit.clusterer import ExitClusterer
 from ssl_exit.data.preprocessing import Preprocessing
 from ssl_exit.encoders.build import EncoderSpec
+from ssl_exit.encoders.compiling import can_compile
 from ssl_exit.encoders.graph import as_module
 from ssl_exit.encoders.tapped import TappedEncoder
 from ssl_exit.errors import InputError
@@ -24,6 +25,7 @@ from ssl_exit.exits.registry import build_rules
 from ssl_exit.parameters import usable_device
 from ssl_exit.placement import ExitChoice
 from ssl_exit.storage import WEIGHTS, read_model, write_model
+from ssl_exit.timing import StageTimes
 
 SETTINGS = 100  # of the threshold path that are saved
 REBUILT = ("encoder", "preprocessing", "exits")  # parameters that a saved model holds in another form
@@ -38,12 +40,11 @@ def save(c: ExitClusterer, folder: Path) -> None:
     tapped = c.cascade_.tapped
     few = np.unique(np.linspace(0, len(c.threshold_path_) - 1, SETTINGS).round().astype(int))
     exits = c.cascade_.exits_state() | {
-        "stage_seconds": torch.from_numpy(c.stage_seconds_),
-        "exit_seconds": torch.from_numpy(c.exit_seconds_),
         "path": torch.from_numpy(c.threshold_path_[few]),
         "path_disagreement": torch.from_numpy(c.path_disagreement_[few]),
         "fit_images": torch.from_numpy(c.fit_images_.view(np.int64)),
     }
+    exits |= {f"times.{k}": torch.from_numpy(v.copy()) for k, v in vars(c.times_).items()}
     about = {
         "encoder": {"spec": c.spec_.name if c.spec_ else None, "class": type(c.encoder_).__name__},
         "params": {k: v for k, v in c.get_params(deep=False).items() if k not in REBUILT},
@@ -109,16 +110,17 @@ def load(
     final: Final = FinalClasses(c.n_clusters)
     if not c.supervised:
         final = FinalClusters(exits["final.centroids"], c.spherical)
-    c.cascade_ = Cascade(tapped.eval(), rules, final, AcrossExits(c.patience, c.ensemble))
+    c.cascade_ = Cascade(tapped.for_inference(c.precision), rules, final, AcrossExits(c.patience, c.ensemble))
     c.cascade_.rules.load_state_dict({k[6:]: v for k, v in exits.items() if k.startswith("rules.")})
     c.cascade_.thresholds.copy_(exits["thresholds"])
+    c.cascade_.times = StageTimes(**{k[6:]: v.numpy() for k, v in exits.items() if k.startswith("times.")})
     c.cascade_.to(usable_device(c.device))
+    c.cascade_.compiles = c.compile and can_compile(c.cascade_.thresholds.device)
     c.encoder_, c.spec_ = filled, EncoderSpec(spec) if spec else None
     c.image_shape_ = tuple(about["image"])
     c._certificate = Certificate.from_dict(about["certificate"])
     c.fit_images_ = exits["fit_images"].numpy().view(np.uint64)
     c._watch()
-    c.stage_seconds_, c.exit_seconds_ = exits["stage_seconds"].numpy(), exits["exit_seconds"].numpy()
     c.skipped_ = {int(position): reason for position, reason in about["skipped"].items()}
     c.exit_choices_ = [ExitChoice(**choice) for choice in about["exit_choices"]]
     c.threshold_path_, c.path_disagreement_ = exits["path"].numpy(), exits["path_disagreement"].numpy()

@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ssl_exit.cascade import ExitResult
+from ssl_exit.engine import ExitResult
 from ssl_exit.errors import InputError
 
 FORMAT = 3

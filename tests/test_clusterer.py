@@ -14,6 +14,7 @@ from ssl_exit import ExitClusterer, Preprocessing
 from ssl_exit.errors import InputError
 from ssl_exit.exits.rules import RULES
 from ssl_exit.exits.thresholds import simulate
+from ssl_exit.timing import StageTimes
 from tests.conftest import untrained
 
 CIFAR = Preprocessing(32, (0.491, 0.482, 0.447), (0.247, 0.243, 0.262))
@@ -358,10 +359,11 @@ def test_time_as_the_cost_that_is_saved(encoder, rgb_digits, monkeypatch):
     """Where the last stage takes nearly all the time, an exit before it is all that pays."""
     exits = ["layer1.0", "layer3.0"]
 
-    def seconds(cascade, *_):
-        return np.array([0.05, 0.05, 0.9]), np.array([0.2, 0.0, 0.0])
+    def times(cascade, *_):
+        stages, exits = np.array([[0.05, 0.05, 0.9]]), np.array([[0.2, 0.0, 0.0]])
+        return StageTimes(np.array([1]), stages, exits, np.zeros((1, 2)))
 
-    monkeypatch.setattr("ssl_exit.building.stage_seconds", seconds)
+    monkeypatch.setattr("ssl_exit.building.stage_times", times)
     by_time = clusterer(encoder, exits=exits, cost="time").fit(rgb_digits[:800])
     exits_taken = by_time.run(rgb_digits[800:]).exits
     assert (exits_taken == 1).mean() > (

@@ -34,7 +34,8 @@ def test_a_loaded_model_answers_alike(clusterer, model, digits):
     assert loaded.certificate_ == clusterer.certificate_
     assert loaded.exit_points_ == clusterer.exit_points_
     assert loaded.preprocessing == clusterer.preprocessing
-    np.testing.assert_array_equal(loaded.stage_seconds_, clusterer.stage_seconds_)
+    for name, seconds in vars(clusterer.times_).items():
+        np.testing.assert_array_equal(getattr(loaded.times_, name), seconds)
     loaded.calibrate(digits[900:], max_disagreement=0.3)
     assert loaded.trade_off(digits[:50])[0].shape[0] > 100
 

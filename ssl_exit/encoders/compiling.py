@@ -3,8 +3,10 @@
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from ssl_exit.encoders.tapped import TappedEncoder
 
@@ -18,13 +20,29 @@ def can_compile(device: torch.device) -> bool:
     try:
         torch.compile(_probe)(torch.zeros(8, device=device))
     except Exception as error:  # whatever is missing, and however torch says so
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        warnings.warn(
-            f"torch.compile does not work here ({reason}); going on without it. It needs a C++ compiler such as g++",
-            stacklevel=2,
-        )
+        without_compiling(error)
         return False
     return True
+
+
+def without_compiling(error: Exception) -> None:
+    """Warn that things go on without torch.compile."""
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    warnings.warn(
+        f"torch.compile does not work here ({reason}); going on without it. It needs a C++ compiler such as g++",
+        stacklevel=3,
+    )
+
+
+def compile_for_inference(module: nn.Module, device: torch.device) -> None:
+    """Let calls of a module, though not of its `forward`, run compiled: one program a shape; CUDA graphs on a GPU."""
+    module.compile(dynamic=False, mode="reduce-overhead" if device.type == "cuda" else None)
+
+
+def call_compiled(module: nn.Module, *args: Tensor) -> Any:
+    """Call a module that `compile_for_inference` prepared; instances of one class may be many."""
+    with torch._dynamo.config.patch(recompile_limit=1024):
+        return module(*args)
 
 
 @contextmanager

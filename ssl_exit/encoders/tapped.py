@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ssl_exit.encoders.descriptors import Descriptor, layout_of
 from ssl_exit.encoders.graph import eval_mode
+from ssl_exit.encoders.inference import PRECISIONS, for_inference
 from ssl_exit.encoders.stages import WIDEST, StagedEncoder, split
 from ssl_exit.errors import InputError
 
@@ -21,16 +22,23 @@ class TappedEncoder(nn.Module):
         output: pools the encoder's output to final features, (N, F): vectors as they are, maps and tokens by
             their average.
         accumulate: whether an exit sees the descriptors of all earlier exits beside its own.
+        dtype: in which stages take images.
     """
 
     def __init__(
-        self, staged: StagedEncoder, descriptors: Sequence[Descriptor], output: Descriptor, accumulate: bool
+        self,
+        staged: StagedEncoder,
+        descriptors: Sequence[Descriptor],
+        output: Descriptor,
+        accumulate: bool,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
         self.staged = staged
         self.descriptors = list(descriptors)
         self.output = output
         self.accumulate = accumulate
+        self.dtype = dtype
         ends = [0]
         for descriptor in self.descriptors:
             ends.append(ends[-1] + descriptor.dim)
@@ -88,6 +96,19 @@ class TappedEncoder(nn.Module):
             shape = tuple(staged(example[:1]).shape[1:])
         layout = layout_of(shape, image)
         return cls(staged, descriptors, Descriptor("average", shape, layout), accumulate)
+
+    def for_inference(self, precision: str) -> "TappedEncoder":
+        """A copy made to run fast in "float32" or "bfloat16" (see `for_inference`); this one stays as it is."""
+        dtype = PRECISIONS[precision]
+        stages = [for_inference(stage, dtype) for stage in self.staged.stages]
+        staged = StagedEncoder(stages, self.staged.exit_points, self.staged.macs)
+        return TappedEncoder(staged, self.descriptors, self.output, self.accumulate, dtype).eval()
+
+    def enter(self, images: Tensor) -> Tensor:
+        """Images, (N, C, H, W) float32 on any device, as the first stage of a copy for inference takes them."""
+        device = next(self.parameters()).device
+        layout = torch.channels_last if images.dim() == 4 else torch.contiguous_format
+        return images.to(device, non_blocking=True).to(self.dtype, memory_format=layout)
 
     @property
     def seen(self) -> list[int]:

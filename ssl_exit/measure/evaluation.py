@@ -6,12 +6,15 @@ from typing import Any
 
 import numpy as np
 
-from ssl_exit.cascade import Cascade, ExitResult, Run
+from ssl_exit.cascade import Cascade
 from ssl_exit.data.images import Batch
+from ssl_exit.data.transfer import on_device
+from ssl_exit.engine import ExitResult, Run
 from ssl_exit.errors import InputError
 from ssl_exit.exits.final import FinalClasses
 from ssl_exit.measure.metrics import against_targets, agreement
-from ssl_exit.measure.timing import now
+from ssl_exit.memory import kept_memory
+from ssl_exit.timing import now, segment_seconds, stage_times
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,8 @@ class Evaluation:
         agreement: share of them whose label equals the whole encoder's.
         cost_macs: multiply-adds / those of the whole encoder, exits' own included.
         cost_time: seconds / those of the whole encoder, decoding left out of both.
+        cost_time_predicted: what the measured time of every segment says of where images left.
+        time_of_exits: of that, what exits' own work takes; the rest is stages.
         images_per_second: with early exit.
         images_per_second_full: of the whole encoder.
         metrics: acc, nmi, ari of the early-exit labels and acc_full, nmi_full, ari_full of the whole
@@ -53,12 +58,28 @@ class Evaluation:
     agreement: float
     cost_macs: float
     cost_time: float
+    cost_time_predicted: float
+    time_of_exits: float
     images_per_second: float
     images_per_second_full: float
     metrics: dict[str, float]
     exits: list[ExitShare]
     result: ExitResult
     full_labels: np.ndarray
+
+    @property
+    def verdict(self) -> str:
+        """Whether exits pay in time here, and why or why not."""
+        stages = 1 - (self.cost_time_predicted - self.time_of_exits)
+        rest = self.cost_time - self.cost_time_predicted
+        why = (
+            f"images that leave early save {stages:.1%} of the whole encoder's time, exits' own work takes "
+            f"{self.time_of_exits:.1%}, queues and moving {max(rest, 0):.1%}"
+        )
+        if self.cost_time < 1:
+            return f"exits pay: {why}"
+        remedy = "allow more disagreement, train the encoder for exits (docs/training.md)"
+        return f'exits do not pay here: {why}; {remedy}, or fit with cost="time", which leaves out exits that cost more'
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the labels of single images, ready for JSON (NaN becomes None)."""
@@ -69,6 +90,8 @@ class Evaluation:
             "agreement": self.agreement,
             "cost_macs": self.cost_macs,
             "cost_time": self.cost_time,
+            "cost_time_predicted": self.cost_time_predicted,
+            "time_of_exits": self.time_of_exits,
             "images_per_second": self.images_per_second,
             "images_per_second_full": self.images_per_second_full,
             **self.metrics,
@@ -95,25 +118,28 @@ def evaluate(
     run = Run(cascade, n, batch_size)
     full = np.full(n, -1, dtype=np.int64)
     seconds = {"early": 0.0, "full": 0.0}
+    segments, own, whole_seconds = np.ones(len(run.segments)), np.zeros(len(cascade.rules) + 1), 1.0
 
     def whole(batch: Batch) -> None:
         if len(batch.indices):
             full[batch.indices.numpy()] = cascade.labels(batch.images).cpu().numpy()
 
     warm = False
-    for i, batch in enumerate(batches):
-        if not warm and len(batch.indices):  # once outside the clock
-            Run(cascade, n, batch_size).push(batch)
-            whole(batch)
-            warm = True
-        steps = {"early": run.push, "full": whole}
-        for name in list(steps)[:: 1 if i % 2 else -1]:  # take turns at going first
-            start = now(device)
-            steps[name](batch)
-            seconds[name] += now(device) - start
-    start = now(device)
-    result = run.finish()
-    seconds["early"] += now(device) - start
+    with kept_memory():
+        for i, batch in enumerate(on_device(batches, device)):
+            if not warm and len(batch.indices):  # once outside the clock
+                Run(cascade, n, batch_size).push(batch)
+                segments, whole_seconds = segment_seconds(cascade, batch.images)
+                own = stage_times(cascade, batch.images).exits[-1]
+                warm = True
+            steps = {"early": run.push, "full": whole}
+            for name in list(steps)[:: 1 if i % 2 else -1]:  # take turns at going first
+                start = now(device)
+                steps[name](batch)
+                seconds[name] += now(device) - start
+        start = now(device)
+        result = run.finish()
+        seconds["early"] += now(device) - start
 
     good = result.labels >= 0
     if not good.any():
@@ -125,16 +151,20 @@ def evaluate(
         metrics |= {f"{k}_full": v for k, v in against_targets(full[good], targets[good], classes).items()}
     names = [point.name for point in cascade.tapped.staged.exit_points] + ["end"]
     rows = []
-    for e, (name, cost) in enumerate(zip(names, cascade.costs, strict=True)):
+    for e, (name, cost) in enumerate(zip(names, cascade.costs_now, strict=True)):
         here = good & (result.exits == e)
         same = agreement(result.labels[here], full[here]) if here.any() else float("nan")
         rows.append(ExitShare(name, float(cost), float(here[good].mean()), same))
     count = int(good.sum())
+    reached = np.array([(result.exits[good] >= e).mean() for e in range(len(names))])
+    starts = [segment.stages.start for segment in run.segments]
     return Evaluation(
         n=count,
         agreement=agreement(result.labels[good], full[good]),
         cost_macs=float(result.cost[good].mean()),
         cost_time=seconds["early"] / seconds["full"],
+        cost_time_predicted=float(segments @ reached[starts]) / whole_seconds,
+        time_of_exits=float(own[:-1] * cascade.used @ reached[:-1]) / whole_seconds,
         images_per_second=count / seconds["early"],
         images_per_second_full=count / seconds["full"],
         metrics=metrics,

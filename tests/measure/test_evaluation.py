@@ -1,13 +1,13 @@
 """Evaluations add up, and time is measured where it is said to be."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 from ssl_exit.errors import InputError
-from ssl_exit.measure.timing import stage_seconds
 
 
 @pytest.fixture
@@ -47,8 +47,9 @@ def test_nothing_usable_is_an_error(fitted, rgb_digits):
         fitted.evaluate(rgb_digits[:5] * torch.nan)
 
 
-def test_stage_times(fitted, rgb_digits):
-    stages, exits = stage_seconds(fitted.cascade_, rgb_digits[:32], repeats=2)
-    assert stages.shape == exits.shape == (len(fitted.exit_points_) + 1,)
-    assert (stages > 0).all()
-    assert (exits > 0).all()
+def test_stage_times_of_a_cascade_predict_and_the_verdict_says_why(evaluation):
+    assert 0 < evaluation.time_of_exits < evaluation.cost_time_predicted
+    slow = replace(evaluation, cost_time=1.2, cost_time_predicted=1.1, time_of_exits=0.3)
+    assert slow.verdict.startswith("exits do not pay here: images that leave early save 20.0% of the whole")
+    assert "exits' own work takes 30.0%, queues and moving 10.0%" in slow.verdict
+    assert replace(slow, cost_time=0.7).verdict.startswith("exits pay: ")

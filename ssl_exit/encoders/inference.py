@@ -1,0 +1,51 @@
+"""Copies of stages made to run fast, and nothing else: batch norms folded, channels last, bfloat16 if wanted."""
+
+import copy
+from collections import Counter
+
+import torch
+from torch import fx, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def for_inference(stage: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A copy of a stage in eval mode that computes the same, up to rounding.
+
+    Args:
+        stage: stays as it is.
+        dtype: of weights and activations. Batch norms that cannot be folded keep their statistics in float32.
+    """
+    fast = copy.deepcopy(stage).eval().requires_grad_(False)
+    if isinstance(fast, fx.GraphModule):
+        _fold_batch_norms(fast)
+    fast = fast.to(dtype)
+    for module in fast.modules():
+        if isinstance(module, NORMS):
+            module.float()
+    for parameter in fast.parameters():
+        if parameter.dim() == 4:
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+    return fast
+
+
+def _fold_batch_norms(stage: fx.GraphModule) -> None:
+    """Replace a convolution and the batch norm behind it by one convolution, where nothing else uses either."""
+    modules = dict(stage.named_modules(remove_duplicate=False))
+    nodes = [node for node in stage.graph.nodes if node.op == "call_module"]
+    uses = Counter(id(modules[str(node.target)]) for node in nodes)
+    for node in nodes:
+        before = node.args[0] if node.args else None
+        if not isinstance(before, fx.Node) or before.op != "call_module" or len(before.users) > 1:
+            continue
+        convolution, norm = modules[str(before.target)], modules[str(node.target)]
+        alone = uses[id(convolution)] == uses[id(norm)] == 1
+        if alone and type(convolution) in CONVOLUTIONS and type(norm) in NORMS and norm.track_running_stats:
+            stage.set_submodule(str(before.target), fuse_conv_bn_eval(convolution, norm))
+            node.replace_all_uses_with(before)
+            stage.graph.erase_node(node)
+    stage.recompile()
+    stage.delete_all_unused_submodules()
