@@ -33,6 +33,7 @@ from ssl_exit.fingerprint import SeenImages, fingerprint
 from ssl_exit.fitting import first_images
 from ssl_exit.measure.evaluation import Evaluation, evaluate
 from ssl_exit.measure.explanation import Explanation, explain
+from ssl_exit.memory import kept_memory
 from ssl_exit.parameters import check_parameters, checked_classes
 from ssl_exit.timing import StageTimes
 
@@ -179,6 +180,7 @@ class ExitClusterer(BaseEstimator):
         self.num_workers = num_workers
         self.progress = progress
 
+    @kept_memory()
     def fit(self, data: ImageData, y: np.ndarray | None = None) -> "ExitClusterer":
         """Find final clusters, fit an exit rule at every exit point, and calibrate on images held out by seed.
 
@@ -203,6 +205,7 @@ class ExitClusterer(BaseEstimator):
         warn_of_skipped(self.skipped_, source)
         return self
 
+    @kept_memory()
     def calibrate(
         self, data: ImageData, max_disagreement: float | None = None, confidence: float | None = None
     ) -> "ExitClusterer":
@@ -248,6 +251,7 @@ class ExitClusterer(BaseEstimator):
             warnings.warn(str(self.audit_), stacklevel=2)
         return result
 
+    @kept_memory()
     def predict_full(self, data: ImageData) -> np.ndarray:
         """Labels of the whole encoder, (N,) int64; -1 where an image is unusable."""
         source, batches = self._all(data, "whole encoder")
@@ -259,6 +263,7 @@ class ExitClusterer(BaseEstimator):
         """`fit(data, y)`, then `predict(data)`."""
         return self.fit(data, y).predict(data)
 
+    @kept_memory()
     def evaluate(self, data: ImageData, targets: np.ndarray | None = None) -> Evaluation:
         """Early exit beside the whole encoder on the same images: agreement, cost, and metrics.
 
@@ -272,10 +277,13 @@ class ExitClusterer(BaseEstimator):
         source, batches = self._all(data, "evaluate")
         if targets is not None and np.shape(targets) != (len(source),):
             raise InputError(f"targets must have shape ({len(source)},), one for each image; got {np.shape(targets)}")
-        found = evaluate(self.cascade_, batches, len(source), self.batch_size, targets)
+        device = self.cascade_.thresholds.device
+        exact = None if self.precision == "float32" else copy.deepcopy(self.encoder_).to(device)
+        found = evaluate(self.cascade_, batches, len(source), self.batch_size, targets, exact)
         warn_of_skipped(found.result.skipped, source)
         return found
 
+    @kept_memory()
     def explain(self, data: ImageData) -> Explanation:
         """Why images do or do not exit: per exit the scores, the thresholds, and what less agreement would release.
 
@@ -296,6 +304,7 @@ class ExitClusterer(BaseEstimator):
         path, disagreement = self.threshold_path_, self.path_disagreement_
         return explain(self.exit_names_[:-1], recorded, thresholds, path, disagreement, self.certificate_)
 
+    @kept_memory()
     def trade_off(self, data: ImageData) -> tuple[np.ndarray, np.ndarray]:
         """Cost (multiply-adds) and agreement of every setting on `threshold_path_` on these images, (S,) and (S,)."""
         source, batches = self._all(data, "record")

@@ -57,7 +57,7 @@ class StageTimes:
     def _of(self, seconds: np.ndarray, n: int) -> float:
         """Seconds for n images: between the sizes by interpolation, beyond them in proportion."""
         most = self.sizes[-1]
-        return float(np.interp(n, self.sizes, seconds)) * max(1.0, n / most)
+        return float(np.interp(n, self.sizes, seconds) * max(1.0, n / most))
 
     def without(self, kept: Sequence[int]) -> "StageTimes":
         """The same where only the exits `kept` are in place."""

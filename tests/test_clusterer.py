@@ -10,7 +10,7 @@ from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
 from torch import nn
 
-from ssl_exit import ExitClusterer, Preprocessing
+from ssl_exit import ExitClusterer, Preprocessing, load
 from ssl_exit.errors import InputError
 from ssl_exit.exits.rules import RULES
 from ssl_exit.exits.thresholds import simulate
@@ -369,6 +369,56 @@ def test_time_as_the_cost_that_is_saved(encoder, rgb_digits, monkeypatch):
     assert (exits_taken == 1).mean() > (
         clusterer(encoder, exits=exits).fit(rgb_digits[:800]).run(rgb_digits[800:]).exits == 1
     ).mean()
+
+
+def test_bfloat16_answers_in_bfloat16_and_says_how_far_from_float32(encoder, rgb_digits, tmp_path):
+    half = clusterer(encoder, precision="bfloat16").fit(rgb_digits[:800])
+    images = rgb_digits[800:]
+    with torch.no_grad():
+        features = nn.functional.normalize(encoder(images)).numpy()
+    in_float32 = (features @ half.cluster_centers_.T).argmax(1)
+    found = half.evaluate(images)
+    np.testing.assert_array_equal(found.full_labels, half.predict_full(images))
+    assert found.agreement_float32 == (in_float32 == found.full_labels).mean() > 0.9
+    assert half.cascade_.tapped.dtype == torch.bfloat16
+    assert next(half.encoder_.parameters()).dtype == torch.float32
+    half.save(tmp_path / "model")
+    loaded = load(tmp_path / "model", encoder, device="cpu")
+    np.testing.assert_array_equal(loaded.predict(images), half.predict(images))
+    assert not loaded.certificate_.void
+    loaded.cascade_.tapped.dtype = torch.float32
+    assert loaded.certificate_.void
+    with pytest.raises(InputError, match="precision must be one of"):
+        clusterer(encoder, precision="float16").fit(images)
+
+
+def test_compiled_full_batches_give_the_same(encoder, rgb_digits):
+    """Stages at one shape: the flush is padded, and a batch of another size runs uncompiled."""
+    exits = ["layer1.1", "layer2.1"]
+    plain = clusterer(encoder, exits=exits).fit(rgb_digits[:800])
+    fast = clusterer(encoder, exits=exits, compile=True).fit(rgb_digits[:800])
+    sizes = []
+    for segment in fast.cascade_.segments():
+        segment.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
+    for n in (200, 30, 1):
+        np.testing.assert_array_equal(fast.predict(rgb_digits[800 : 800 + n]), plain.predict(rgb_digits[800 : 800 + n]))
+    assert fast.cascade_.compiles
+    assert set(sizes) <= {64}
+
+
+def test_a_compiler_that_fails_is_a_warning(encoder, rgb_digits, monkeypatch):
+    c = clusterer(encoder, exits=["layer2.1"], compile=True)
+    monkeypatch.setattr("ssl_exit.building.can_compile", lambda _: True)
+    c.fit(rgb_digits[:400])
+
+    def broken(*_):
+        raise RuntimeError("no such compiler")
+
+    monkeypatch.setattr("ssl_exit.cascade.call_compiled", broken)
+    with pytest.warns(UserWarning, match=r"does not work here \(no such compiler\)"):
+        labels = c.predict(rgb_digits[400:600])
+    assert not c.cascade_.compiles
+    np.testing.assert_array_equal(labels, c.predict(rgb_digits[400:600]))
 
 
 def test_explain_says_who_leaves_where(encoder, rgb_digits):

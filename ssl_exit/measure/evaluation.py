@@ -5,6 +5,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+import torch
+from torch import nn
 
 from ssl_exit.cascade import Cascade
 from ssl_exit.data.images import Batch
@@ -13,7 +15,6 @@ from ssl_exit.engine import ExitResult, Run
 from ssl_exit.errors import InputError
 from ssl_exit.exits.final import FinalClasses
 from ssl_exit.measure.metrics import against_targets, agreement
-from ssl_exit.memory import kept_memory
 from ssl_exit.timing import now, segment_seconds, stage_times
 
 
@@ -47,6 +48,8 @@ class Evaluation:
         time_of_exits: of that, what exits' own work takes; the rest is stages.
         images_per_second: with early exit.
         images_per_second_full: of the whole encoder.
+        agreement_float32: share of images whose label by the whole encoder is the same in float32; 1 where that is what
+            it runs in.
         metrics: acc, nmi, ari of the early-exit labels and acc_full, nmi_full, ari_full of the whole
             encoder's; empty without ground truth.
         exits: one row an exit, and the end.
@@ -62,6 +65,7 @@ class Evaluation:
     time_of_exits: float
     images_per_second: float
     images_per_second_full: float
+    agreement_float32: float
     metrics: dict[str, float]
     exits: list[ExitShare]
     result: ExitResult
@@ -94,13 +98,19 @@ class Evaluation:
             "time_of_exits": self.time_of_exits,
             "images_per_second": self.images_per_second,
             "images_per_second_full": self.images_per_second_full,
+            "agreement_float32": self.agreement_float32,
             **self.metrics,
             "exits": rows,
         }
 
 
 def evaluate(
-    cascade: Cascade, batches: Iterable[Batch], n: int, batch_size: int, targets: np.ndarray | None = None
+    cascade: Cascade,
+    batches: Iterable[Batch],
+    n: int,
+    batch_size: int,
+    targets: np.ndarray | None = None,
+    exact: nn.Module | None = None,
 ) -> Evaluation:
     """Run the whole encoder and the cascade over the same batches, in turns, and compare.
 
@@ -110,13 +120,14 @@ def evaluate(
         n: how many there are.
         batch_size: images a stage runs on at a time.
         targets: ground truth, (n,), for ACC (accuracy in the supervised mode), NMI and ARI; used here only.
+        exact: the encoder in float32 on the cascade's device, if the cascade runs in anything else.
 
     Raises:
         InputError: no image can be used.
     """
     device = cascade.thresholds.device
     run = Run(cascade, n, batch_size)
-    full = np.full(n, -1, dtype=np.int64)
+    full, in_float32 = np.full(n, -1, dtype=np.int64), np.full(n, -1, dtype=np.int64)
     seconds = {"early": 0.0, "full": 0.0}
     segments, own, whole_seconds = np.ones(len(run.segments)), np.zeros(len(cascade.rules) + 1), 1.0
 
@@ -125,21 +136,24 @@ def evaluate(
             full[batch.indices.numpy()] = cascade.labels(batch.images).cpu().numpy()
 
     warm = False
-    with kept_memory():
-        for i, batch in enumerate(on_device(batches, device)):
-            if not warm and len(batch.indices):  # once outside the clock
-                Run(cascade, n, batch_size).push(batch)
-                segments, whole_seconds = segment_seconds(cascade, batch.images)
-                own = stage_times(cascade, batch.images).exits[-1]
-                warm = True
-            steps = {"early": run.push, "full": whole}
-            for name in list(steps)[:: 1 if i % 2 else -1]:  # take turns at going first
-                start = now(device)
-                steps[name](batch)
-                seconds[name] += now(device) - start
-        start = now(device)
-        result = run.finish()
-        seconds["early"] += now(device) - start
+    for i, batch in enumerate(on_device(batches, device)):
+        if not warm and len(batch.indices):  # once outside the clock
+            Run(cascade, n, batch_size).push(batch)
+            segments, whole_seconds = segment_seconds(cascade, batch.images)
+            own = stage_times(cascade, batch.images).exits[-1]
+            warm = True
+        steps = {"early": run.push, "full": whole}
+        for name in list(steps)[:: 1 if i % 2 else -1]:  # take turns at going first
+            start = now(device)
+            steps[name](batch)
+            seconds[name] += now(device) - start
+        if exact is not None and len(batch.indices):
+            with torch.inference_mode():
+                features = cascade.tapped.output(exact(batch.images.to(device)))
+                in_float32[batch.indices.numpy()] = cascade.final(features).cpu().numpy()
+    start = now(device)
+    result = run.finish()
+    seconds["early"] += now(device) - start
 
     good = result.labels >= 0
     if not good.any():
@@ -167,6 +181,7 @@ def evaluate(
         time_of_exits=float(own[:-1] * cascade.used @ reached[:-1]) / whole_seconds,
         images_per_second=count / seconds["early"],
         images_per_second_full=count / seconds["full"],
+        agreement_float32=1.0 if exact is None else agreement(in_float32[good], full[good]),
         metrics=metrics,
         exits=rows,
         result=result,

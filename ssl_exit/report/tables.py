@@ -42,6 +42,10 @@ def summary(evaluation: Evaluation) -> str:
         if key in evaluation.metrics:
             early, full = evaluation.metrics[key], evaluation.metrics[f"{key}_full"]
             lines.append(f"{key.upper()}, early / whole        {early:.4f} / {full:.4f}")
+    if evaluation.agreement_float32 < 1:
+        lines.append(
+            f"whole encoder, float32    {evaluation.agreement_float32:.4f} of its labels are the same in float32"
+        )
     lines.append(evaluation.verdict)
     return "\n".join(lines)
 

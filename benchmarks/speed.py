@@ -1,0 +1,229 @@
+"""Does early exit save the time that its stages promise? The engine beside the whole encoder and what else users run.
+
+    uv run --group bench python benchmarks/speed.py
+
+Per encoder and precision, in one run and in turns: the encoder as its author wrote it, compiled by torch.compile, and
+in ONNX Runtime (each with the assignment of its features by FAISS); the whole encoder in the engine; early exit; and
+early exit with thresholds at which nothing leaves. Four exits stand at about equal distances in measured time. Their
+thresholds are set so that 40, 25, 20 and 20 % of those that reach an exit leave, on other images: that says nothing of
+agreement, for the question is the engine's speed. Encoders but ResNet-20 have random weights; images are CIFAR-10's,
+enlarged where needed.
+
+    predicted    speed-up by the measured time of every segment, its exit included, in turns with the whole encoder, and
+                 by the shares that reach it
+    realised     seconds of the whole encoder in the engine / seconds of early exit
+    overhead     the exits' own work / the whole encoder's time
+    idle         seconds of early exit where nothing leaves / seconds of the whole encoder in the engine
+
+All are medians over the repeats; latencies are those of `predict` and `predict_full` for one image.
+"""
+
+import argparse
+import copy
+import io
+import time
+from collections.abc import Callable
+
+import faiss
+import numpy as np
+import torch
+import torch.nn.functional as F
+from common import PREPROCESSING, cifar, encoder, report, spread
+from torch import Tensor, nn
+
+from ssl_exit import EncoderSpec, ExitClusterer
+from ssl_exit.data.images import open_images
+from ssl_exit.memory import kept_memory
+from ssl_exit.report.tables import text_table
+from ssl_exit.timing import now, segment_seconds, stage_times
+
+Way = Callable[[Tensor], np.ndarray]  # images to labels
+LEAVING = (0.4, 0.25, 0.2, 0.2)
+ENCODERS = {  # pixels a side, images a batch, images in all, single images timed
+    "resnet20_cifar": (32, 256, 4096, 300),
+    "resnet18_cifar": (32, 128, 1024, 200),
+    "mobilenet_v3_large": (224, 32, 384, 200),
+    "timm:vit_small_patch16_224": (224, 16, 96, 40),
+}
+GPU = {"resnet50": (224, 128, 8192, 300), "timm:vit_base_patch16_224": (224, 128, 8192, 300)}
+
+
+def images_of(size: int, n: int, seed: int) -> Tensor:
+    """(n, 3, size, size) float32: test images of CIFAR-10."""
+    pixels, _ = cifar("test")
+    chosen = np.random.default_rng(seed).permutation(len(pixels))[:n]
+    images = PREPROCESSING["simclr"](pixels[chosen])
+    return images if size == 32 else F.interpolate(images, size=size, mode="bilinear")
+
+
+def fitted(name: str, net: nn.Module, images: Tensor, batch: int, precision: str, args: argparse.Namespace):
+    """A clusterer with four exits at which given shares leave."""
+    settings = {"holdout": 0, "batch_size": batch, "precision": precision, "device": args.device, "progress": False}
+    every = ExitClusterer(net, **settings).fit(images)
+    seconds = np.cumsum(every.times_.stage_seconds)
+    seconds /= seconds[-1]
+    chosen = sorted({int(np.abs(seconds[:-1] - at).argmin()) for at in (0.2, 0.4, 0.6, 0.8)})
+    c = ExitClusterer(net, exits=[every.exit_names_[i] for i in chosen], compile=args.compile, **settings).fit(images)
+    source = open_images(images)
+    recorded, _ = c.cascade_.record(source.batches(np.arange(len(images)), batch), len(images))
+    here = np.ones(len(images), dtype=bool)
+    for e, share in enumerate(LEAVING[: len(chosen)]):
+        threshold = float(np.quantile(recorded.scores[here, e], 1 - share))
+        c.cascade_.thresholds[e] = threshold
+        here &= recorded.scores[:, e] < threshold
+    return c
+
+
+def others(
+    net: nn.Module, c: ExitClusterer, batch: Tensor, precision: str
+) -> dict[str, Callable[[Tensor], np.ndarray]]:
+    """What a user would run instead."""
+    device = c.cascade_.thresholds.device
+    index = faiss.IndexFlatL2(c.cluster_centers_.shape[1])
+    index.add(c.cluster_centers_)
+    own = copy.deepcopy(net).to(device).eval()
+
+    def labels(features: Tensor) -> np.ndarray:
+        return index.search(F.normalize(features.float(), dim=1).cpu().numpy(), 1)[1][:, 0]
+
+    def by(module: nn.Module) -> Way:
+        @torch.inference_mode()
+        def run(images: Tensor) -> np.ndarray:
+            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+                features = module(images.to(device))
+            return labels(features)
+
+        return run
+
+    found = {"eager + FAISS": by(own), "torch.compile + FAISS": by(torch.compile(own, dynamic=False))}
+    if precision == "float32" and device.type == "cpu":
+        import onnxruntime
+
+        file = io.BytesIO()
+        torch.onnx.export(copy.deepcopy(net).eval(), (batch,), file, dynamo=False)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        session = onnxruntime.InferenceSession(file.getvalue(), options, providers=["CPUExecutionProvider"])
+        (given,) = session.get_inputs()
+        found["ONNX Runtime + FAISS"] = lambda x: labels(
+            torch.from_numpy(session.run(None, {given.name: x.numpy()})[0])
+        )
+    return found
+
+
+def measured(name: str, precision: str, args: argparse.Namespace) -> dict:
+    size, batch, n, singles = (GPU | ENCODERS)[name]
+    n, singles = max(2 * batch, n // args.fewer // batch * batch), max(10, singles // args.fewer)
+    torch.manual_seed(0)
+    net = (encoder("simclr") if name == "resnet20_cifar" else EncoderSpec(name)).build().eval()
+    c = fitted(name, net, images_of(size, max(4 * batch, 512 // args.fewer), 1), batch, precision, args)
+    images = images_of(size, n, 0)
+    batches = list(open_images(images).batches(np.arange(n), batch))
+    device = c.cascade_.thresholds.device
+    never = c.cascade_.with_own_rules()
+    ways: dict[str, Callable[[], object]] = {
+        "early exit": lambda: c.cascade_.run(batches, n, batch),
+        "whole encoder": lambda: c.cascade_.full(batches, n),
+        "nothing leaves": lambda: never.run(batches, n, batch),
+    }
+    for way, run in others(net, c, images[:batch], precision).items():
+        ways[way] = lambda run=run: [run(b.images) for b in batches]
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    rows: dict[str, list[float]] = {key: [] for key in ("predicted", "realised", "overhead", "idle")}
+    result = c.cascade_.run(batches, n, batch)
+    stops = len(c.cascade_.rules) + 1
+    reached = np.array([(result.exits >= e).mean() for e in range(stops)])
+    order = np.random.default_rng(0)
+    with kept_memory():
+        for repeat in range(args.repeats + 1):
+            found = {}
+            for way in order.permutation(list(ways)):
+                start = now(device)
+                ways[way]()
+                found[way] = now(device) - start
+            segments, whole = segment_seconds(c.cascade_, batches[0].images, 3)
+            times = stage_times(c.cascade_, batches[0].images)
+            if repeat == 0:
+                continue
+            for way, taken in found.items():
+                seconds[way].append(taken)
+            rows["predicted"].append(whole / float(segments @ reached))
+            rows["realised"].append(found["whole encoder"] / found["early exit"])
+            rows["overhead"].append(float(times.exits[-1, :-1] @ reached[:-1]) / whole)
+            rows["idle"].append(found["nothing leaves"] / found["whole encoder"])
+    one = latencies(c, images[:singles], result.exits[:singles])
+    figures = {
+        "encoder": name,
+        "precision": precision,
+        "exits": c.exit_names_,
+        "left": np.bincount(result.exits, minlength=stops).tolist(),
+        "batch": batch,
+        "n": n,
+        "images per second": {way: spread([n / s for s in taken]) for way, taken in seconds.items()},
+        "cost, multiply-adds": float(result.cost.mean()),
+        **{key: spread(values) for key, values in rows.items()},
+        "realised / predicted": float(np.median(rows["realised"]) / np.median(rows["predicted"])),
+        "single": one,
+    }
+    if precision != "float32":
+        figures["labels as in float32"] = c.evaluate(images).agreement_float32
+    return figures
+
+
+def latencies(c: ExitClusterer, images: Tensor, exits: np.ndarray) -> dict:
+    """Seconds a call for one image, in turns."""
+    taken: dict[str, list[float]] = {"early exit": [], "whole encoder": []}
+    ways = {"early exit": c.predict, "whole encoder": c.predict_full}
+    predicted = []
+    for i in range(-5, len(images)):  # the first five warm up
+        for way in list(ways)[:: 1 if i % 2 else -1]:
+            start = time.perf_counter()
+            ways[way](images[max(i, 0)][None])
+            if i >= 0:
+                taken[way].append(time.perf_counter() - start)
+        if i >= 0 and i % max(1, len(images) // 5) == 0:
+            segments, whole = segment_seconds(c.cascade_, images[i : i + 1], 15)
+            reached = [(exits >= segment.stages.start).mean() for segment in c.cascade_.segments()]
+            predicted.append(whole / float(segments @ reached))
+    realised = np.mean(taken["whole encoder"]) / np.mean(taken["early exit"])
+    found = {
+        way: {"p50 ms": 1e3 * float(np.quantile(s, 0.5)), "p99 ms": 1e3 * float(np.quantile(s, 0.99)), "n": len(s)}
+        for way, s in taken.items()
+    }
+    ratio = float(realised / np.median(predicted))
+    return found | {"predicted": spread(predicted), "realised": float(realised), "realised / predicted": ratio}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--encoders", nargs="+", default=list(GPU if torch.cuda.is_available() else ENCODERS))
+    parser.add_argument("--precisions", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--fewer", type=int, default=1, help="divides the number of images")
+    parser.add_argument("--compile", action="store_true", help="early exit through torch.compile too")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--name", default="speed", help="of the results file")
+    args = parser.parse_args()
+    found = []
+    for name in args.encoders:
+        for precision in args.precisions:
+            figures = measured(name, precision, args)
+            found.append(figures)
+            print(f"\n{name}, {precision}: left {figures['left']} of {figures['n']}; images a second, and labels by")
+            print("  " + ", ".join(f"{way} {s['median']:,.0f}" for way, s in figures["images per second"].items()))
+            report(args.name, {"settings": vars(args), "rows": found})
+    keys = ("cost, multiply-adds", "predicted", "realised", "realised / predicted", "overhead", "idle")
+    head = ("encoder", *keys, "1 image: predicted", "realised", "p50 ms", "p99 ms", "whole p50", "p99")
+    table = []
+    for row in found:
+        values = [row[key]["median"] if isinstance(row[key], dict) else row[key] for key in keys]
+        one = row["single"]
+        early, whole = (one[way] for way in ("early exit", "whole encoder"))
+        values += [one["predicted"]["median"], one["realised"]]
+        values += [early["p50 ms"], early["p99 ms"], whole["p50 ms"], whole["p99 ms"]]
+        table.append((f"{row['encoder']} {row['precision']}", *(f"{value:.3f}" for value in values)))
+    print("\n" + text_table(head, table))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""Copies for inference compute what the encoder computes."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from ssl_exit.encoders.inference import for_inference
+from ssl_exit.encoders.stages import split
+from ssl_exit.encoders.tapped import TappedEncoder
+from tests.conftest import untrained
+
+
+@pytest.mark.parametrize("name", ["resnet20", "mobilenet", "vit"])
+def test_the_copy_equals_the_encoder_and_leaves_it_as_it_was(name, rgb_digits):
+    encoder = untrained(name, rgb_digits)
+    before = copy.deepcopy(encoder.state_dict())
+    tapped = TappedEncoder.build(encoder, "auto", rgb_digits[:1])
+    fast, half = tapped.for_inference("float32"), tapped.for_inference("bfloat16")
+    with torch.no_grad():
+        expected = encoder(rgb_digits[:50])
+        with torch.autocast("cpu", torch.bfloat16):
+            rounding = (encoder(rgb_digits[:50]) - expected).norm()
+        for copied, within in ((fast, 1e-5 * expected.norm()), (half, 1.5 * rounding)):
+            features = copied.final_features(copied.enter(rgb_digits[:50]))
+            assert features.dtype == torch.float32
+            assert (features - expected).norm() <= within
+    assert all(torch.equal(value, before[key]) for key, value in encoder.state_dict().items())
+    norms = [m for m in fast.modules() if isinstance(m, nn.BatchNorm2d)]
+    if name != "vit":
+        assert norms == []  # all of them stand behind a convolution
+        assert any(isinstance(m, nn.BatchNorm2d) for m in tapped.modules())
+
+
+class Shared(nn.Module):
+    """One convolution used twice, a norm behind a sum, and a convolution with two readers: none may be folded."""
+
+    def __init__(self):
+        super().__init__()
+        self.twice, self.norm = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3)
+        self.once, self.read = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+        self.behind, self.folded = nn.Conv2d(3, 4, 1, bias=False), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        x = self.norm(self.twice(self.twice(x)))
+        y = self.once(x)
+        x = self.read(y) + y
+        return self.folded(self.behind(x)).mean((2, 3))
+
+
+def test_only_what_nothing_else_uses_is_folded():
+    torch.manual_seed(0)
+    encoder = Shared()
+    images = torch.randn(20, 3, 8, 8)
+    encoder(images)  # statistics that are not those of a new norm
+    encoder.eval()
+    (stage,) = split(encoder, [], images).stages
+    fast = for_inference(stage, torch.float32)
+    torch.testing.assert_close(fast(images), encoder(images), rtol=1e-4, atol=1e-5)
+    assert [name for name, m in fast.named_modules() if isinstance(m, nn.BatchNorm2d)] == ["norm", "read"]
+    assert all(
+        m.weight.dtype == torch.float32 for m in for_inference(stage, torch.bfloat16).modules() if hasattr(m, "eps")
+    )
