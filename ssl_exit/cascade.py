@@ -150,6 +150,7 @@ class Cascade(nn.Module):
                 run.push(batch)
             return run.finish()
 
+    @kept_memory()
     def full(self, batches: Iterable[Batch], n: int) -> tuple[np.ndarray, dict[int, str]]:
         """Labels of the whole encoder, (n,) int64, -1 for an image that could not be used, and why not."""
         labels = np.full(n, -1, dtype=np.int64)
@@ -166,6 +167,7 @@ class Cascade(nn.Module):
         labels = self.final(self.tapped.final_features(self.tapped.enter(images)))
         return torch.where(finite_images(images).to(labels.device), labels, -1)
 
+    @kept_memory()
     def record(self, batches: Iterable[Batch], n: int) -> tuple[Recorded, dict[int, str]]:
         """Labels and scores of n images at every exit, without leaving.
 
@@ -184,6 +186,7 @@ class Cascade(nn.Module):
         good = final >= 0
         return Recorded(labels[good], scores[good], final[good]), skipped
 
+    @kept_memory()
     def logits(self, batches: Iterable[Batch], n: int) -> tuple[Tensor, Tensor, dict[int, str]]:
         """Logits of n images at every exit, (n, E, width), and final labels, (n,); unusable images drop out."""
         logits = torch.full((n, len(self.rules), max((rule.width for rule in self.exit_rules), default=0)), torch.nan)

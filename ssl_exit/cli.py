@@ -3,6 +3,7 @@
 import json
 import sys
 import warnings
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,11 @@ from ssl_exit.encoders import graph
 from ssl_exit.encoders.build import EncoderSpec
 from ssl_exit.encoders.tapped import TappedEncoder
 from ssl_exit.errors import InputError
+from ssl_exit.fingerprint import fingerprint
+from ssl_exit.labels import LabelsFile
 from ssl_exit.report.tables import exit_points_table, exit_table, explanation_table, summary, text_table
 from ssl_exit.saving import load
-from ssl_exit.storage import check_model_folder, whole_file, write_labels
+from ssl_exit.storage import check_model_folder, whole_file
 
 NOT_COMPARED = ("out", "resume", "device", "devices", "num_workers", "logger", "precision", "compile", "monitor_every")
 IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
@@ -284,6 +287,8 @@ def fit(
 def predict(model: str, data: str, out: str = "labels.csv", num_workers: int = 0, device: str = "auto") -> None:
     """Cluster a folder of images with early exits.
 
+    Rows are written as they come; after an interrupt or a kill the same command goes on where it stopped.
+
     Args:
         model: folder that fit wrote.
         data: folder of images, searched recursively.
@@ -294,12 +299,20 @@ def predict(model: str, data: str, out: str = "labels.csv", num_workers: int = 0
     c = load(model, device=device)
     c.num_workers = num_workers
     images = FolderImages(Path(data), c.preprocessing)
-    result = c.run(images)
-    write_labels(Path(out), images.paths, result, c.exit_names_)
-    _list_skipped(result.skipped, images.paths)
-    good = result.labels >= 0
-    cost = f" at mean cost {result.cost[good].mean():.3f} of the whole encoder's multiply-adds" if good.any() else ""
-    print(f"{good.sum()} images clustered{cost}, {len(result.skipped)} skipped; written to {out}")
+    key = json.dumps(asdict(fingerprint(c.encoder_, c.cascade_, c.preprocessing)))
+    skipped: dict[int, str] = {}
+    cost, clustered = 0.0, 0
+    with LabelsFile(Path(out), images.paths, c.exit_names_, key) as labels:
+        if labels.begun:
+            print(f"going on behind {labels.begun} rows of a run that was stopped", file=sys.stderr)
+        for result in c.stream(images, labels.begun):
+            skipped |= {labels.begun + position: reason for position, reason in result.skipped.items()}
+            good = result.labels >= 0
+            cost, clustered = cost + result.cost[good].sum(), clustered + int(good.sum())
+            labels.add(result)
+    _list_skipped(skipped, images.paths)
+    mean = f" at mean cost {cost / clustered:.3f} of the whole encoder's multiply-adds" if clustered else ""
+    print(f"{clustered} images clustered{mean}, {len(skipped)} skipped; written to {out}")
     if c.audit_ is not None:
         print(f"audit: {c.audit_}")
 
@@ -385,7 +398,7 @@ def main(args: list[str] | None = None) -> None:
         print(f"ssl-exit: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("ssl-exit: interrupted; nothing half-written was left", file=sys.stderr)
+        print("ssl-exit: interrupted; no output is half-written", file=sys.stderr)
         sys.exit(130)
 
 

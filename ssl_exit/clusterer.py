@@ -2,9 +2,10 @@
 
 import copy
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +34,10 @@ from ssl_exit.fingerprint import SeenImages, fingerprint
 from ssl_exit.fitting import first_images
 from ssl_exit.measure.evaluation import Evaluation, evaluate
 from ssl_exit.measure.explanation import Explanation, explain
-from ssl_exit.memory import kept_memory
 from ssl_exit.parameters import check_parameters, checked_classes
 from ssl_exit.timing import StageTimes
+
+PART = 64  # batches whose results stream() gives at a time
 
 
 class ExitClusterer(BaseEstimator):
@@ -180,7 +182,6 @@ class ExitClusterer(BaseEstimator):
         self.num_workers = num_workers
         self.progress = progress
 
-    @kept_memory()
     def fit(self, data: ImageData, y: np.ndarray | None = None) -> "ExitClusterer":
         """Find final clusters, fit an exit rule at every exit point, and calibrate on images held out by seed.
 
@@ -205,7 +206,6 @@ class ExitClusterer(BaseEstimator):
         warn_of_skipped(self.skipped_, source)
         return self
 
-    @kept_memory()
     def calibrate(
         self, data: ImageData, max_disagreement: float | None = None, confidence: float | None = None
     ) -> "ExitClusterer":
@@ -243,15 +243,30 @@ class ExitClusterer(BaseEstimator):
             InputError: data that cannot be opened, or images of another shape than in fit().
         """
         source, batches = self._all(data, "cluster")
-        rng = np.random.default_rng((self.random_state, self.audit_.images if self.audit_ else 0))
-        audit = self.audit_.choose(len(source), rng) if self.audit_ else None
-        result = self.cascade_.run(batches, len(source), self.batch_size, audit)
+        result = self._cluster(batches, len(source))
         warn_of_skipped(result.skipped, source)
-        if self.audit_ and self.audit_.take(result, rng):
-            warnings.warn(str(self.audit_), stacklevel=2)
         return result
 
-    @kept_memory()
+    def stream(self, data: ImageData, begin: int = 0) -> Iterator[ExitResult]:
+        """`run` for many images: results part by part, in input order, so that memory does not grow with their number.
+
+        Args:
+            data: images.
+            begin: position of the first to cluster, such as the number of rows that are written already.
+
+        Returns:
+            One result for every 64 batches; the positions in its `skipped` count from its own first image.
+
+        Raises:
+            InputError: as in `run`.
+        """
+        self._check_fitted()
+        source = self._open(data)
+        batches = self._batches(source, np.arange(begin, len(source)), "cluster")
+        for first in range(begin, len(source), PART * self.batch_size):
+            n = min(PART * self.batch_size, len(source) - first)
+            yield self._cluster((_moved(batch, -first) for batch in islice(batches, PART)), n)
+
     def predict_full(self, data: ImageData) -> np.ndarray:
         """Labels of the whole encoder, (N,) int64; -1 where an image is unusable."""
         source, batches = self._all(data, "whole encoder")
@@ -263,7 +278,6 @@ class ExitClusterer(BaseEstimator):
         """`fit(data, y)`, then `predict(data)`."""
         return self.fit(data, y).predict(data)
 
-    @kept_memory()
     def evaluate(self, data: ImageData, targets: np.ndarray | None = None) -> Evaluation:
         """Early exit beside the whole encoder on the same images: agreement, cost, and metrics.
 
@@ -283,7 +297,6 @@ class ExitClusterer(BaseEstimator):
         warn_of_skipped(found.result.skipped, source)
         return found
 
-    @kept_memory()
     def explain(self, data: ImageData) -> Explanation:
         """Why images do or do not exit: per exit the scores, the thresholds, and what less agreement would release.
 
@@ -304,7 +317,6 @@ class ExitClusterer(BaseEstimator):
         path, disagreement = self.threshold_path_, self.path_disagreement_
         return explain(self.exit_names_[:-1], recorded, thresholds, path, disagreement, self.certificate_)
 
-    @kept_memory()
     def trade_off(self, data: ImageData) -> tuple[np.ndarray, np.ndarray]:
         """Cost (multiply-adds) and agreement of every setting on `threshold_path_` on these images, (S,) and (S,)."""
         source, batches = self._all(data, "record")
@@ -403,6 +415,15 @@ class ExitClusterer(BaseEstimator):
             warnings.warn(str(found.certificate), stacklevel=3)
         return found.skipped
 
+    def _cluster(self, batches: Iterable[Batch], n: int) -> ExitResult:
+        """Run the cascade over n images, positions from 0, and audit some."""
+        rng = np.random.default_rng((self.random_state, self.audit_.images if self.audit_ else 0))
+        chosen = self.audit_.choose(n, rng) if self.audit_ else None
+        result = self.cascade_.run(batches, n, self.batch_size, chosen)
+        if self.audit_ and self.audit_.take(result, rng):
+            warnings.warn(str(self.audit_), stacklevel=3)
+        return result
+
     def _watch(self) -> None:
         """Begin the audit anew."""
         self.audit_ = (
@@ -426,3 +447,9 @@ class ExitClusterer(BaseEstimator):
             check_is_fitted(self, "cascade_")
         except NotFittedError:
             raise NotFittedError("this ExitClusterer is not fitted yet; call fit(data) first") from None
+
+
+def _moved(batch: Batch, by: int) -> Batch:
+    """The same batch at other positions."""
+    skipped = {position + by: reason for position, reason in batch.skipped.items()}
+    return replace(batch, indices=batch.indices + by, skipped=skipped)

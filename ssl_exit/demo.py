@@ -16,10 +16,11 @@ from ssl_exit.data.preprocessing import Preprocessing
 from ssl_exit.data.views import DrawingViews
 from ssl_exit.encoders.build import EncoderSpec
 from ssl_exit.encoders.tapped import TappedEncoder
+from ssl_exit.labels import write_labels
 from ssl_exit.measure.evaluation import Evaluation
 from ssl_exit.report.plots import plot_exits
 from ssl_exit.report.tables import exit_table, summary
-from ssl_exit.storage import whole_file, write_labels
+from ssl_exit.storage import whole_file
 from ssl_exit.training.contrastive import SimCLR
 from ssl_exit.training.module import Optimization
 from ssl_exit.training.run import seeded, train

@@ -23,6 +23,7 @@ from ssl_exit.exits.across import AcrossExits
 from ssl_exit.exits.final import Final, FinalClasses, FinalClusters
 from ssl_exit.exits.rules import ExitRule, Training
 from ssl_exit.exits.statistics import ClusterStatistics
+from ssl_exit.memory import kept_memory
 
 SAMPLE = 10_000
 SAMPLE_BYTES = 1 << 29
@@ -88,6 +89,7 @@ def first_images(source: ImageSource, order: np.ndarray, batch_size: int) -> Ten
     raise InputError(f"none of the {len(order)} images to fit on can be read; for example: {reason}")
 
 
+@kept_memory()
 def collect(
     tapped: TappedEncoder,
     passes: Sequence[Iterable[Batch]],

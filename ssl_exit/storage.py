@@ -5,13 +5,12 @@ encoder.safetensors   the encoder's weights
 exits.safetensors     rules, final centroids, thresholds, stage times
 """
 
-import csv
 import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -22,10 +21,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ssl_exit.engine import ExitResult
 from ssl_exit.errors import InputError
 
-FORMAT = 3
+FORMAT = 4
 WEIGHTS, EXITS, ABOUT = "encoder.safetensors", "exits.safetensors", "model.json"
 
 
@@ -148,16 +146,3 @@ def whole_file(file: Path) -> Iterator[Path]:
         os.replace(draft, file)
     finally:
         draft.unlink(missing_ok=True)
-
-
-def write_labels(file: Path, names: Sequence[str], result: ExitResult, exit_names: Sequence[str]) -> None:
-    """Write one row an image, in input order: path, label, exit, score.
-
-    An image that could not be used has label -1 and neither exit nor score.
-    """
-    with whole_file(file) as draft, draft.open("w", newline="", encoding="utf-8", errors="surrogateescape") as f:
-        rows = csv.writer(f)
-        rows.writerow(("path", "label", "exit", "score"))
-        for name, label, exit_, score in zip(names, result.labels, result.exits, result.scores, strict=True):
-            used = label >= 0
-            rows.writerow((name, label, exit_names[exit_] if used else "", f"{score:.6f}" if used else ""))

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ssl_exit.memory import kept_memory
+
 if TYPE_CHECKING:
     from ssl_exit.cascade import Cascade
 
@@ -67,6 +69,7 @@ class StageTimes:
         return StageTimes(self.sizes, stages, self.exits[:, ends], self.moves[:, list(kept)])
 
 
+@kept_memory()
 @torch.inference_mode()
 def stage_times(cascade: "Cascade", images: Tensor, repeats: int = 3) -> StageTimes:
     """Time every stage and every exit's own work.
@@ -103,6 +106,7 @@ def stage_times(cascade: "Cascade", images: Tensor, repeats: int = 3) -> StageTi
     return StageTimes(np.array(sizes), stages, exits, moves[:, :-1])
 
 
+@kept_memory()
 @torch.inference_mode()
 def segment_seconds(cascade: "Cascade", images: Tensor, repeats: int = 5) -> tuple[np.ndarray, float]:
     """Seconds of one run of every segment and, in turns with them, of the whole encoder and its assignment.

@@ -1,5 +1,12 @@
 """Real images and encoders for the tests: handwritten digits everywhere, CIFAR-10 and ResNet-20 where shared."""
 
+import os
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = (
+        "1"  # tests side by side: here and in processes they start; before torch is imported
+    )
+
 import tarfile
 from itertools import accumulate
 from pathlib import Path

@@ -4,12 +4,14 @@ import csv
 import json
 import subprocess
 import sys
+from itertools import islice
 from pathlib import Path
 
 import pytest
 import yaml
 from PIL import Image
 
+from ssl_exit import ExitClusterer
 from ssl_exit.cli import COMMANDS, main
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -141,16 +143,28 @@ def test_wrong_input_ends_with_one_line_and_status_2(words, message, capsys):
     assert len(error.splitlines()) == 1
 
 
-def test_an_interrupted_predict_leaves_nothing(model, image_folder, tmp_path, monkeypatch, capsys):
-    def interrupt(*_):
+def test_an_interrupted_predict_goes_on_where_it_stopped(model, image_folder, tmp_path, monkeypatch, capsys):
+    command = ["predict", "--model", str(model), "--data", str(image_folder), "--out"]
+    main([*command, str(tmp_path / "whole.csv")])
+    monkeypatch.setattr("ssl_exit.clusterer.PART", 1)
+    stream = ExitClusterer.stream
+
+    def interrupted(self, data, begin):
+        self.batch_size = 16
+        yield from islice(stream(self, data, begin), 2)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("ssl_exit.clusterer.ExitClusterer.run", interrupt)
-    with pytest.raises(SystemExit) as stop:
-        main(["predict", "--model", str(model), "--data", str(image_folder), "--out", str(tmp_path / "l.csv")])
+    with monkeypatch.context() as patch:
+        patch.setattr(ExitClusterer, "stream", interrupted)
+        with pytest.raises(SystemExit) as stop:
+            main([*command, str(tmp_path / "l.csv")])
     assert stop.value.code == 130
     assert "interrupted" in capsys.readouterr().err
     assert not (tmp_path / "l.csv").exists()
+    main([*command, str(tmp_path / "l.csv")])
+    assert "going on behind 32 rows" in capsys.readouterr().err
+    assert (tmp_path / "l.csv").read_text() == (tmp_path / "whole.csv").read_text()
+    assert not list(tmp_path.glob(".*.part"))
 
 
 def test_quiet_where_there_is_no_terminal(image_folder, tmp_path):

@@ -371,6 +371,22 @@ def test_time_as_the_cost_that_is_saved(encoder, rgb_digits, monkeypatch):
     ).mean()
 
 
+def test_a_stream_gives_what_run_gives_part_by_part(encoder, rgb_digits, monkeypatch):
+    c = clusterer(encoder, batch_size=16).fit(rgb_digits[:800])
+    images = rgb_digits[800:].clone()
+    images[70] = torch.nan
+    with pytest.warns(UserWarning, match="1 of 200 images could not be used"):
+        whole = c.run(images)
+    monkeypatch.setattr("ssl_exit.clusterer.PART", 4)
+    for begin in (0, 37):
+        parts = list(c.stream(images, begin))
+        assert [len(part.labels) for part in parts[:-1]] == [64] * (len(parts) - 1)
+        for name in ("labels", "exits", "cost"):
+            together = np.concatenate([getattr(part, name) for part in parts])
+            np.testing.assert_array_equal(together, getattr(whole, name)[begin:])
+    assert [list(part.skipped) for part in c.stream(images)] == [[], [6], [], []]
+
+
 def test_bfloat16_answers_in_bfloat16_and_says_how_far_from_float32(encoder, rgb_digits, tmp_path):
     half = clusterer(encoder, precision="bfloat16").fit(rgb_digits[:800])
     images = rgb_digits[800:]

@@ -148,8 +148,8 @@ def damage(model, name, change):
         ("model.json", lambda b: b[:200], "cannot be read"),
         ("model.json", lambda b: b"[]", "names no format"),
         ("model.json", lambda b: b.replace(b'"disagreements": ', b'"disagreements": 1'), "was changed"),
-        ("model.json", lambda b: b.replace(b'"format": 3', b'"format": 99'), "format 99.*upgrade"),
-        ("model.json", lambda b: b.replace(b'"format": 3', b'"format": 1'), "reads format 3: fit it again"),
+        ("model.json", lambda b: b.replace(b'"format": 4', b'"format": 99'), "format 99.*upgrade"),
+        ("model.json", lambda b: b.replace(b'"format": 4', b'"format": 1'), "reads format 4: fit it again"),
     ],
 )
 def test_damaged_tampered_and_newer_models_are_refused(model, name, change, message):
@@ -168,14 +168,3 @@ def test_other_wrong_ways_to_load(model, tmp_path):
     (model / "encoder.safetensors").unlink()
     with pytest.raises(InputError, match="missing"):
         load(model, encoder=digits_encoder())
-
-
-def test_labels_file_is_whole_or_absent(tmp_path, clusterer, digits):
-    result = clusterer.run(digits[:5])
-    storage.write_labels(tmp_path / "labels.csv", list("abcde"), result, clusterer.exit_names_)
-    rows = (tmp_path / "labels.csv").read_text().splitlines()
-    assert rows[0] == "path,label,exit,score"
-    assert rows[1].startswith(f"a,{result.labels[0]},{clusterer.exit_names_[result.exits[0]]},")
-    with pytest.raises(ValueError, match="zip"):
-        storage.write_labels(tmp_path / "other.csv", ["a"], result, clusterer.exit_names_)
-    assert [f.name for f in tmp_path.iterdir()] == ["labels.csv"]

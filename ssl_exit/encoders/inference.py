@@ -21,7 +21,8 @@ def for_inference(stage: nn.Module, dtype: torch.dtype) -> nn.Module:
     """
     fast = copy.deepcopy(stage).eval().requires_grad_(False)
     if isinstance(fast, fx.GraphModule):
-        _fold_batch_norms(fast)
+        _fold_in_graph(fast)
+    _fold_in_sequences(fast)
     fast = fast.to(dtype)
     for module in fast.modules():
         if isinstance(module, NORMS):
@@ -32,7 +33,7 @@ def for_inference(stage: nn.Module, dtype: torch.dtype) -> nn.Module:
     return fast
 
 
-def _fold_batch_norms(stage: fx.GraphModule) -> None:
+def _fold_in_graph(stage: fx.GraphModule) -> None:
     """Replace a convolution and the batch norm behind it by one convolution, where nothing else uses either."""
     modules = dict(stage.named_modules(remove_duplicate=False))
     nodes = [node for node in stage.graph.nodes if node.op == "call_module"]
@@ -42,10 +43,26 @@ def _fold_batch_norms(stage: fx.GraphModule) -> None:
         if not isinstance(before, fx.Node) or before.op != "call_module" or len(before.users) > 1:
             continue
         convolution, norm = modules[str(before.target)], modules[str(node.target)]
-        alone = uses[id(convolution)] == uses[id(norm)] == 1
-        if alone and type(convolution) in CONVOLUTIONS and type(norm) in NORMS and norm.track_running_stats:
+        if uses[id(convolution)] == uses[id(norm)] == 1 and _foldable(convolution, norm):
             stage.set_submodule(str(before.target), fuse_conv_bn_eval(convolution, norm))
             node.replace_all_uses_with(before)
             stage.graph.erase_node(node)
     stage.recompile()
     stage.delete_all_unused_submodules()
+
+
+def _fold_in_sequences(stage: nn.Module) -> None:
+    """The same inside nn.Sequential modules that tracing leaves whole, such as torchvision's Conv2dNormActivation."""
+    uses = Counter(id(child) for parent in stage.modules() for child in parent._modules.values())
+    for parent in list(stage.modules()):
+        if not isinstance(parent, nn.Sequential) or type(parent).forward is not nn.Sequential.forward:
+            continue
+        for i in reversed(range(len(parent) - 1)):
+            convolution, norm = parent[i], parent[i + 1]
+            if uses[id(convolution)] == uses[id(norm)] == 1 and _foldable(convolution, norm):
+                parent[i] = fuse_conv_bn_eval(convolution, norm)  # type: ignore[type-var, arg-type]
+                del parent[i + 1]
+
+
+def _foldable(convolution: nn.Module, norm: nn.Module) -> bool:
+    return type(convolution) in CONVOLUTIONS and type(norm) in NORMS and bool(norm.track_running_stats)

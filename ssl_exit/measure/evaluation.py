@@ -15,6 +15,7 @@ from ssl_exit.engine import ExitResult, Run
 from ssl_exit.errors import InputError
 from ssl_exit.exits.final import FinalClasses
 from ssl_exit.measure.metrics import against_targets, agreement
+from ssl_exit.memory import kept_memory
 from ssl_exit.timing import now, segment_seconds, stage_times
 
 
@@ -104,6 +105,7 @@ class Evaluation:
         }
 
 
+@kept_memory()
 def evaluate(
     cascade: Cascade,
     batches: Iterable[Batch],

@@ -22,7 +22,7 @@ def test_the_copy_equals_the_encoder_and_leaves_it_as_it_was(name, rgb_digits):
         expected = encoder(rgb_digits[:50])
         with torch.autocast("cpu", torch.bfloat16):
             rounding = (encoder(rgb_digits[:50]) - expected).norm()
-        for copied, within in ((fast, 1e-5 * expected.norm()), (half, 1.5 * rounding)):
+        for copied, within in ((fast, 1e-4 * expected.norm()), (half, 1.5 * rounding)):
             features = copied.final_features(copied.enter(rgb_digits[:50]))
             assert features.dtype == torch.float32
             assert (features - expected).norm() <= within
