@@ -15,12 +15,14 @@ enlarged where needed.
     overhead     the exits' own work / the whole encoder's time
     idle         seconds of early exit where nothing leaves / seconds of the whole encoder in the engine
 
-All are medians over the repeats; latencies are those of `predict` and `predict_full` for one image.
+All are medians over the repeats; latencies are those of `predict` and `predict_full` for one image. Rows of encoders
+that are not asked for stay in the results as they are.
 """
 
 import argparse
 import copy
 import io
+import json
 import time
 from collections.abc import Callable
 
@@ -28,7 +30,7 @@ import faiss
 import numpy as np
 import torch
 import torch.nn.functional as F
-from common import PREPROCESSING, cifar, encoder, report, spread
+from common import PREPROCESSING, RESULTS, cifar, encoder, report, spread
 from torch import Tensor, nn
 
 from ssl_exit import EncoderSpec, ExitClusterer
@@ -40,7 +42,7 @@ from ssl_exit.timing import now, segment_seconds, stage_times
 Way = Callable[[Tensor], np.ndarray]  # images to labels
 LEAVING = (0.4, 0.25, 0.2, 0.2)
 ENCODERS = {  # pixels a side, images a batch, images in all, single images timed
-    "resnet20_cifar": (32, 256, 4096, 300),
+    "resnet20_cifar": (32, 256, 8192, 300),
     "resnet18_cifar": (32, 128, 1024, 200),
     "mobilenet_v3_large": (224, 32, 384, 200),
     "timm:vit_small_patch16_224": (224, 16, 96, 40),
@@ -58,15 +60,17 @@ def images_of(size: int, n: int, seed: int) -> Tensor:
 
 def fitted(name: str, net: nn.Module, images: Tensor, batch: int, precision: str, args: argparse.Namespace):
     """A clusterer with four exits at which given shares leave."""
-    settings = {"holdout": 0, "batch_size": batch, "precision": precision, "device": args.device, "progress": False}
-    every = ExitClusterer(net, **settings).fit(images)
+    settings = {"batch_size": batch, "precision": precision, "device": args.device, "progress": False}
+    settings |= {"max_disagreement": 0.5, "confidence": 0.5}
+    every = ExitClusterer(net, **settings, holdout=0).fit(images)
     seconds = np.cumsum(every.times_.stage_seconds)
     seconds /= seconds[-1]
     chosen = sorted({int(np.abs(seconds[:-1] - at).argmin()) for at in (0.2, 0.4, 0.6, 0.8)})
-    c = ExitClusterer(net, exits=[every.exit_names_[i] for i in chosen], compile=args.compile, **settings).fit(images)
-    source = open_images(images)
-    recorded, _ = c.cascade_.record(source.batches(np.arange(len(images)), batch), len(images))
-    here = np.ones(len(images), dtype=bool)
+    c = ExitClusterer(net, exits=[every.exit_names_[i] for i in chosen], compile=args.compile, **settings)
+    c.fit(images[len(images) // 2 :])
+    others = images[: len(images) // 2]
+    recorded, _ = c.cascade_.record(open_images(others).batches(np.arange(len(others)), batch), len(others))
+    here = np.ones(len(others), dtype=bool)
     for e, share in enumerate(LEAVING[: len(chosen)]):
         threshold = float(np.quantile(recorded.scores[here, e], 1 - share))
         c.cascade_.thresholds[e] = threshold
@@ -116,7 +120,7 @@ def measured(name: str, precision: str, args: argparse.Namespace) -> dict:
     n, singles = max(2 * batch, n // args.fewer // batch * batch), max(10, singles // args.fewer)
     torch.manual_seed(0)
     net = (encoder("simclr") if name == "resnet20_cifar" else EncoderSpec(name)).build().eval()
-    c = fitted(name, net, images_of(size, max(4 * batch, 512 // args.fewer), 1), batch, precision, args)
+    c = fitted(name, net, images_of(size, max(8 * batch, 256), 1), batch, precision, args)
     images = images_of(size, n, 0)
     batches = list(open_images(images).batches(np.arange(n), batch))
     device = c.cascade_.thresholds.device
@@ -194,6 +198,28 @@ def latencies(c: ExitClusterer, images: Tensor, exits: np.ndarray) -> dict:
     return found | {"predicted": spread(predicted), "realised": float(realised), "realised / predicted": ratio}
 
 
+def draw(rows: list[dict]) -> None:
+    """Where the time of early exit goes, the whole encoder's being 1: stages, exits, all else."""
+    from matplotlib import pyplot as plt
+
+    early = np.array([1 / row["realised"]["median"] for row in rows])
+    promised = np.array([1 / row["predicted"]["median"] for row in rows])
+    exits = np.array([row["overhead"]["median"] for row in rows])
+    parts = {"stages": promised - exits, "exits' own work": exits, "queues and all else": early - promised}
+    figure, axes = plt.subplots(figsize=(8, 0.45 * len(rows) + 1.2), layout="constrained")
+    left = np.zeros(len(rows))
+    for (part, width), colour in zip(parts.items(), ("#4878a8", "#e0a030", "#a04848"), strict=True):
+        width = np.maximum(width, 0)  # what else there is can be less than the noise
+        axes.barh([f"{row['encoder'].removeprefix('timm:')}, {row['precision']}" for row in rows], width, left=left,
+                  label=part, color=colour)  # fmt: skip
+        left += width
+    axes.axvline(1, color="black", linewidth=1)
+    axes.set(xlabel="seconds / the whole encoder's in the engine", xlim=(0, 1.05))
+    axes.invert_yaxis()
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, frameon=False)
+    figure.savefig(RESULTS / "speed.png", dpi=120)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--encoders", nargs="+", default=list(GPU if torch.cuda.is_available() else ENCODERS))
@@ -204,11 +230,12 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--name", default="speed", help="of the results file")
     args = parser.parse_args()
-    found = []
+    file = RESULTS / f"{args.name}.json"
+    found = json.loads(file.read_text())["figures"]["rows"] if file.is_file() else []
     for name in args.encoders:
         for precision in args.precisions:
             figures = measured(name, precision, args)
-            found.append(figures)
+            found = [row for row in found if (row["encoder"], row["precision"]) != (name, precision)] + [figures]
             print(f"\n{name}, {precision}: left {figures['left']} of {figures['n']}; images a second, and labels by")
             print("  " + ", ".join(f"{way} {s['median']:,.0f}" for way, s in figures["images per second"].items()))
             report(args.name, {"settings": vars(args), "rows": found})
@@ -223,6 +250,7 @@ def main() -> None:
         values += [early["p50 ms"], early["p99 ms"], whole["p50 ms"], whole["p99 ms"]]
         table.append((f"{row['encoder']} {row['precision']}", *(f"{value:.3f}" for value in values)))
     print("\n" + text_table(head, table))
+    draw(found)
 
 
 if __name__ == "__main__":

@@ -58,6 +58,7 @@ def work(cascade: Cascade, cost: str) -> tuple[np.ndarray, np.ndarray]:
     """
     assert cascade.times is not None
     stage, own = cascade.times.stage_seconds, cascade.times.exit_seconds
+    own = own + np.append(cascade.times.move_seconds, 0)  # those that stay are moved into the next queue
     if cost == "macs":
         stage = np.array(cascade.tapped.staged.macs, dtype=np.float64)
         own = np.diff(cascade.costs, prepend=0) * (stage.sum() + cascade.final.macs) - stage

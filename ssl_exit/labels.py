@@ -2,8 +2,9 @@
 
 import csv
 import hashlib
+import os
 from collections.abc import Iterator, Sequence
-from io import StringIO
+from itertools import chain
 from pathlib import Path
 from types import TracebackType
 from typing import IO
@@ -49,13 +50,18 @@ class LabelsFile:
             key: what the rows depend on; names and exits are added to it.
         """
         self.file, self.names, self.exit_names = file, names, exit_names
-        told = "\0".join([key, *exit_names, "", *names]).encode(errors="surrogateescape")
-        self.draft = file.with_name(f".{file.name}-{hashlib.sha256(told).hexdigest()[:12]}.part")
+        digest = hashlib.sha256()
+        for word in chain([key, *exit_names, ""], names):
+            digest.update(word.encode(errors="surrogateescape") + b"\0")
+        self.draft = file.with_name(f".{file.name}-{digest.hexdigest()[:12]}.part")
         file.parent.mkdir(parents=True, exist_ok=True)
-        kept = self._whole_rows()
-        self.begun = len(kept)
+        self.begun = 0
         with whole_file(self.draft) as fresh, _open(fresh, "w") as f:
-            csv.writer(f).writerows([HEAD, *kept])
+            writer = csv.writer(f)
+            writer.writerow(HEAD)
+            for row in self._whole_rows():
+                writer.writerow(row)
+                self.begun += 1
         self._handle = _open(self.draft, "a")
 
     def add(self, result: ExitResult) -> None:
@@ -73,15 +79,25 @@ class LabelsFile:
         if kind is None and self.begun == len(self.names):
             self.draft.replace(self.file)
 
-    def _whole_rows(self) -> list[list[str]]:
-        """Rows that an earlier run left: those up to the last line's end, as far as they are of these images."""
+    def _whole_rows(self) -> Iterator[list[str]]:
+        """Rows that an earlier run left: those of these images, up to the last line that has an end."""
         if not self.draft.is_file():
-            return []
-        with _open(self.draft, "r") as f:
-            text = f.read()
-        rows = list(csv.reader(StringIO(text[: text.rfind("\n") + 1], newline="")))[1:]
-        good = [len(row) == len(HEAD) and row[0] == name for row, name in zip(rows, self.names, strict=False)]
-        return rows[: good.index(False) if False in good else len(good)]
+            return
+        with self.draft.open("rb") as f:
+            f.seek(-min(1, self.draft.stat().st_size), os.SEEK_END)
+            ended = f.read() == b"\n"
+        last: list[str] | None = None
+        with _open(self.draft, "r") as text:
+            rows = csv.reader(text)
+            next(rows, None)
+            for row, name in zip(rows, self.names, strict=False):
+                if last is not None:
+                    yield last
+                if len(row) != len(HEAD) or row[0] != name:
+                    return
+                last = row
+        if last is not None and ended:
+            yield last
 
 
 def _rows(names: Sequence[str], result: ExitResult, exit_names: Sequence[str]) -> Iterator[tuple[str, ...]]:

@@ -50,6 +50,11 @@ class StageTimes:
         """Seconds an image of every exit's own work and, last, of the final assignment, (E + 1,)."""
         return self.exits[-1] / self.sizes[-1]
 
+    @property
+    def move_seconds(self) -> np.ndarray:
+        """Seconds an image of moving it at every exit point, (E,)."""
+        return self.moves[-1] / self.sizes[-1]
+
     def compacting_pays(self, stages: range, before: int, after: int) -> bool:
         """Whether to move survivors together before these stages: `after` of `before` images go on."""
         begin = stages.start

@@ -1,5 +1,6 @@
 """Splitting an encoder at exit points into stages that resume where the last one stopped."""
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -61,14 +62,20 @@ def split(encoder: nn.Module | Sequence[nn.Module], exits: Sequence[str] | str, 
 def choose_exits(points: Sequence[ExitPoint], most: int = MOST_EXITS) -> list[int]:
     """Indices of at most `most` exit points spread evenly over the cost between 5 % and 95 %.
 
-    Of points at one cost (a convolution, its normalisation, its activation) the last is taken. Vectors of more
-    than `WIDEST` entries (maps flattened for a classifier) are left out.
+    Near each place, within half the distance to the next, the point with the smallest tensor is taken: describing and
+    moving it is cheaper. Of points at one cost (a convolution, its normalisation, its activation) the last is taken.
+    Vectors of more than `WIDEST` entries (maps flattened for a classifier) are left out.
     """
     narrow = [i for i, point in enumerate(points) if len(point.shape) > 1 or point.shape[0] <= WIDEST]
     last_at_cost = {round(points[i].cost, 4): i for i in narrow}
     usable = [i for cost, i in last_at_cost.items() if 0.05 <= cost <= 0.95]
     targets = [(j + 1) / (most + 1) for j in range(most)]
-    return sorted({min(usable, key=lambda i: abs(points[i].cost - t)) for t in targets}) if usable else []
+
+    def worth(i: int, target: float) -> tuple[float, float]:
+        far = abs(points[i].cost - target)
+        return (math.prod(points[i].shape), far) if far <= 0.5 / (most + 1) else (math.inf, far)
+
+    return sorted({min(usable, key=lambda i: worth(i, t)) for t in targets}) if usable else []
 
 
 def _stage_module(traced: TracedEncoder, body: list[fx.Node]) -> nn.Module:
