@@ -7,9 +7,9 @@ wrote it over all images (batches of 256, float32, nothing kept but features), t
 folded, channels last), and `ExitClusterer.fit`, hold-out, k-means, rules, exit placement, thresholds and certificate
 included.
 
-k-means: what fit() runs on its sample (10,000 images, or 256 a cluster), against scikit-learn's KMeans on all 50,000
-with as many starts, and with its default of one. Inertia is that of all 50,000 features, of unit length, to the
-nearest mean.
+k-means: that of fit() on its sample (10,000 images, or 256 a cluster), here by Euclidean distance, against
+scikit-learn's KMeans on all 50,000 with as many starts, and with its default of one. Inertia is that of all 50,000
+features, of unit length, to the nearest mean.
 """
 
 import argparse

@@ -134,12 +134,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", type=int, default=[10_000, 100_000, 1_000_000])
     args = parser.parse_args()
-    if not (FOLDER / "model" / "model.json").is_file():
-        c = ExitClusterer(
-            encoder("simclr"), preprocessing=HOW, max_disagreement=0.05, precision="bfloat16", cost="time"
-        )
-        c.fit(cifar("train")[0])
-        c.save(FOLDER / "model")
+    fast = {"precision": "bfloat16", "cost": "time"}
+    c = ExitClusterer(encoder("simclr"), preprocessing=HOW, max_disagreement=0.05, **fast)
+    c.fit(cifar("train")[0])
+    c.save(FOLDER / "model")
+    for left in FOLDER.glob(".labels-*.part"):  # of another model
+        left.unlink()
     rows = {}
     for n in args.sizes:
         file = FOLDER / f"labels-{n}.csv"

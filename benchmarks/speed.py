@@ -30,7 +30,7 @@ import faiss
 import numpy as np
 import torch
 import torch.nn.functional as F
-from common import PREPROCESSING, RESULTS, cifar, encoder, report, spread
+from common import PREPROCESSING, RESULTS, cifar, encoder, machine, report, spread
 from torch import Tensor, nn
 
 from ssl_exit import EncoderSpec, ExitClusterer
@@ -127,7 +127,7 @@ def measured(name: str, precision: str, args: argparse.Namespace) -> dict:
     never = c.cascade_.with_own_rules()
     ways: dict[str, Callable[[], object]] = {
         "early exit": lambda: c.cascade_.run(batches, n, batch),
-        "whole encoder": lambda: c.cascade_.full(batches, n),
+        "whole encoder": lambda: c.cascade_.full(batches, n, batch),
         "nothing leaves": lambda: never.run(batches, n, batch),
     }
     for way, run in others(net, c, images[:batch], precision).items():
@@ -145,8 +145,8 @@ def measured(name: str, precision: str, args: argparse.Namespace) -> dict:
                 start = now(device)
                 ways[way]()
                 found[way] = now(device) - start
-            segments, whole = segment_seconds(c.cascade_, batches[0].images, 3)
-            times = stage_times(c.cascade_, batches[0].images)
+            segments, whole = segment_seconds(c.cascade_, batches[0].images.to(device), batch, 3)
+            times = stage_times(c.cascade_, batches[0].images.to(device))
             if repeat == 0:
                 continue
             for way, taken in found.items():
@@ -157,6 +157,8 @@ def measured(name: str, precision: str, args: argparse.Namespace) -> dict:
             rows["idle"].append(found["nothing leaves"] / found["whole encoder"])
     one = latencies(c, images[:singles], result.exits[:singles])
     figures = {
+        "machine": machine(),
+        "settings": {key: getattr(args, key) for key in ("repeats", "fewer", "compile", "device")},
         "encoder": name,
         "precision": precision,
         "exits": c.exit_names_,
@@ -186,7 +188,9 @@ def latencies(c: ExitClusterer, images: Tensor, exits: np.ndarray) -> dict:
             if i >= 0:
                 taken[way].append(time.perf_counter() - start)
         if i >= 0 and i % max(1, len(images) // 5) == 0:
-            segments, whole = segment_seconds(c.cascade_, images[i : i + 1], 15)
+            segments, whole = segment_seconds(
+                c.cascade_, images[i : i + 1].to(c.cascade_.thresholds.device), c.batch_size, 15
+            )
             reached = [(exits >= segment.stages.start).mean() for segment in c.cascade_.segments()]
             predicted.append(whole / float(segments @ reached))
     realised = np.mean(taken["whole encoder"]) / np.mean(taken["early exit"])
@@ -198,7 +202,7 @@ def latencies(c: ExitClusterer, images: Tensor, exits: np.ndarray) -> dict:
     return found | {"predicted": spread(predicted), "realised": float(realised), "realised / predicted": ratio}
 
 
-def draw(rows: list[dict]) -> None:
+def draw(rows: list[dict], name: str) -> None:
     """Where the time of early exit goes, the whole encoder's being 1: stages, exits, all else."""
     from matplotlib import pyplot as plt
 
@@ -217,7 +221,7 @@ def draw(rows: list[dict]) -> None:
     axes.set(xlabel="seconds / the whole encoder's in the engine", xlim=(0, 1.05))
     axes.invert_yaxis()
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, frameon=False)
-    figure.savefig(RESULTS / "speed.png", dpi=120)
+    figure.savefig(RESULTS / f"{name}.png", dpi=120)
 
 
 def main() -> None:
@@ -238,7 +242,7 @@ def main() -> None:
             found = [row for row in found if (row["encoder"], row["precision"]) != (name, precision)] + [figures]
             print(f"\n{name}, {precision}: left {figures['left']} of {figures['n']}; images a second, and labels by")
             print("  " + ", ".join(f"{way} {s['median']:,.0f}" for way, s in figures["images per second"].items()))
-            report(args.name, {"settings": vars(args), "rows": found})
+            report(args.name, {"rows": found})
     keys = ("cost, multiply-adds", "predicted", "realised", "realised / predicted", "overhead", "idle")
     head = ("encoder", *keys, "1 image: predicted", "realised", "p50 ms", "p99 ms", "whole p50", "p99")
     table = []
@@ -250,7 +254,7 @@ def main() -> None:
         values += [early["p50 ms"], early["p99 ms"], whole["p50 ms"], whole["p99 ms"]]
         table.append((f"{row['encoder']} {row['precision']}", *(f"{value:.3f}" for value in values)))
     print("\n" + text_table(head, table))
-    draw(found)
+    draw(found, args.name)
 
 
 if __name__ == "__main__":

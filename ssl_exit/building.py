@@ -68,7 +68,7 @@ def build(
     Raises:
         InputError: from `TappedEncoder.build` and `collect`.
     """
-    tapped = _cut(encoder, given, given["exits"], example, given["descriptor"], given["accumulate"])
+    tapped = cut(encoder, given, given["exits"], example, given["descriptor"], given["accumulate"])
     rules = build_rules(given["rule"], tapped.seen, given["n_clusters"], given["rule_options"])
     used: list[np.ndarray] = []
     passes = [noted(read(order, "fit"), used)]
@@ -95,7 +95,7 @@ def build(
         collected = collected.at(tapped, kept)
         kinds = [tapped.descriptors[i].kind for i in kept]
         times = cascade.times.without(kept)
-        tapped = _cut(encoder, given, [choices[i].name for i in kept], example, kinds, tapped.accumulate)
+        tapped = cut(encoder, given, [choices[i].name for i in kept], example, kinds, tapped.accumulate)
         rules = build_rules(given["rule"], tapped.seen, given["n_clusters"], given["rule_options"])
         cascade = _fitted(collected, tapped, rules, given)
         cascade.times = times
@@ -103,7 +103,7 @@ def build(
     return Built(cascade, choices, images, skipped, collected.n_fit, collected.n_clustered)
 
 
-def _cut(
+def cut(
     encoder: nn.Module,
     given: Mapping[str, Any],
     exits: str | Sequence[str],
@@ -111,10 +111,11 @@ def _cut(
     descriptor: str | Sequence[str],
     accumulate: bool,
 ) -> TappedEncoder:
+    """The copy of an encoder that runs, on the device in use (see `TappedEncoder.build` and `for_inference`)."""
     tapped = TappedEncoder.build(
         encoder, exits, example, descriptor=descriptor, accumulate=accumulate, normalize=given["normalize"]
     )
-    return tapped.for_inference(given["precision"]).to(usable_device(given["device"]))
+    return tapped.for_inference(given["precision"], example.shape[1:]).to(usable_device(given["device"]))
 
 
 def _fitted(

@@ -82,12 +82,11 @@ class Cascade(nn.Module):
         """Whether each exit works, (E,) bool."""
         return used_exits(self, self.live)
 
-    def segments(self) -> list[Segment]:
-        """What is run one after another with the thresholds as they are."""
-        live = self.live
-        key = tuple(live)
+    def segments(self, live: list[bool] | None = None) -> list[Segment]:
+        """What is run one after another, with the thresholds as they are or where these exits let images leave."""
+        key = tuple(self.live if live is None else live)
         if key not in self._segments:
-            found = segments(self, live)
+            found = segments(self, key)
             if self.compiles:
                 for segment in found:
                     compile_for_inference(segment, self.thresholds.device)
@@ -150,21 +149,24 @@ class Cascade(nn.Module):
                 run.push(batch)
             return run.finish()
 
-    @kept_memory()
-    def full(self, batches: Iterable[Batch], n: int) -> tuple[np.ndarray, dict[int, str]]:
+    def full(self, batches: Iterable[Batch], n: int, batch_size: int) -> tuple[np.ndarray, dict[int, str]]:
         """Labels of the whole encoder, (n,) int64, -1 for an image that could not be used, and why not."""
         labels = np.full(n, -1, dtype=np.int64)
         skipped: dict[int, str] = {}
-        for batch in on_device(batches, self.thresholds.device):
-            skipped.update(batch.skipped)
-            if len(batch.indices):
-                labels[batch.indices.numpy()] = self.labels(batch.images).cpu().numpy()
+        with kept_memory() if n > batch_size else nullcontext():
+            for batch in on_device(batches, self.thresholds.device):
+                skipped.update(batch.skipped)
+                if len(batch.indices):
+                    labels[batch.indices.numpy()] = self.labels(batch.images, batch_size).cpu().numpy()
         return labels, skipped | not_finite(labels, skipped)
 
     @torch.inference_mode()
-    def labels(self, images: Tensor) -> Tensor:
+    def labels(self, images: Tensor, batch_size: int) -> Tensor:
         """Labels of the whole encoder for one batch, (N,) int64; -1 where pixels or features are not finite."""
-        labels = self.final(self.tapped.final_features(self.tapped.enter(images)))
+        (whole,) = self.segments([False] * len(self.rules))
+        x = self.tapped.enter(images)
+        nothing = torch.empty(len(x), 0, device=x.device)
+        labels = self.call(whole, x, nothing, nothing, compiled=len(x) == batch_size)[3]
         return torch.where(finite_images(images).to(labels.device), labels, -1)
 
     @kept_memory()
@@ -220,11 +222,14 @@ class Cascade(nn.Module):
                 means[i, cluster] = p[final == cluster].mean(0)
         return Recorded(labels.numpy(), scores.numpy(), final.numpy()), means.numpy()
 
-    def with_own_rules(self) -> "Cascade":
-        """The same encoder with copies of the rules, and thresholds that let nothing exit."""
-        fresh = Cascade(self.tapped, copy.deepcopy(self.exit_rules), self.final, self.across)
+    def with_own_rules(self, tapped: TappedEncoder | None = None) -> "Cascade":
+        """The same encoder (or another) with copies of the rules, and thresholds that let nothing exit."""
+        fresh = Cascade(tapped or self.tapped, copy.deepcopy(self.exit_rules), self.final, self.across)
         fresh.times, fresh.compiles = self.times, self.compiles
         return fresh.to(self.thresholds.device)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"_segments": {}}  # programs are not copied
 
     def _visits(
         self, batches: Iterable[Batch], skipped: dict[int, str]

@@ -299,12 +299,14 @@ def predict(model: str, data: str, out: str = "labels.csv", num_workers: int = 0
     c = load(model, device=device)
     c.num_workers = num_workers
     images = FolderImages(Path(data), c.preprocessing)
-    key = json.dumps(asdict(fingerprint(c.encoder_, c.cascade_, c.preprocessing)))
+    about = asdict(fingerprint(c.encoder_, c.cascade_, c.preprocessing))
+    key = json.dumps([about, str(Path(data).resolve())])
     skipped: dict[int, str] = {}
     cost, clustered = 0.0, 0
     with LabelsFile(Path(out), images.paths, c.exit_names_, key) as labels:
-        if labels.begun:
-            print(f"going on behind {labels.begun} rows of a run that was stopped", file=sys.stderr)
+        before = labels.begun
+        if before:
+            print(f"going on behind {before} rows of a run that was stopped", file=sys.stderr)
         for result in c.stream(images, labels.begun):
             skipped |= {labels.begun + position: reason for position, reason in result.skipped.items()}
             good = result.labels >= 0
@@ -312,7 +314,8 @@ def predict(model: str, data: str, out: str = "labels.csv", num_workers: int = 0
             labels.add(result)
     _list_skipped(skipped, images.paths)
     mean = f" at mean cost {cost / clustered:.3f} of the whole encoder's multiply-adds" if clustered else ""
-    print(f"{clustered} images clustered{mean}, {len(skipped)} skipped; written to {out}")
+    behind = f" (behind the {before} rows of a run that was stopped)" if before else ""
+    print(f"{clustered} images clustered{mean}, {len(skipped)} skipped{behind}; written to {out}")
     if c.audit_ is not None:
         print(f"audit: {c.audit_}")
 
@@ -398,7 +401,7 @@ def main(args: list[str] | None = None) -> None:
         print(f"ssl-exit: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("ssl-exit: interrupted; no output is half-written", file=sys.stderr)
+        print("ssl-exit: interrupted; no output is half-written, and predict and train --resume go on", file=sys.stderr)
         sys.exit(130)
 
 

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from sklearn.base import BaseEstimator
 from sklearn.exceptions import NotFittedError
 from sklearn.utils.validation import check_is_fitted
 from torch import nn
 
-from ssl_exit.building import build
+from ssl_exit.building import build, cut
 from ssl_exit.calibration import FITTED, calibrate, split_held_out, work
 from ssl_exit.data.images import Batch, ImageData, ImageSource, open_images
 from ssl_exit.data.preprocessing import Preprocessing
@@ -23,6 +24,7 @@ from ssl_exit.data.reading import name_of, read, warn_of_skipped
 from ssl_exit.drift import DriftAudit
 from ssl_exit.encoders.build import EncoderSpec
 from ssl_exit.encoders.graph import ExitPoint, as_module
+from ssl_exit.encoders.inference import PRECISIONS
 from ssl_exit.encoders.stages import MOST_EXITS
 from ssl_exit.engine import ExitResult
 from ssl_exit.errors import InputError
@@ -30,7 +32,7 @@ from ssl_exit.exits.certificate import Certificate
 from ssl_exit.exits.final import FinalClusters
 from ssl_exit.exits.registry import rule_classes
 from ssl_exit.exits.thresholds import trade_off
-from ssl_exit.fingerprint import SeenImages, fingerprint
+from ssl_exit.fingerprint import SeenImages, fingerprint, module_hash
 from ssl_exit.fitting import first_images
 from ssl_exit.measure.evaluation import Evaluation, evaluate
 from ssl_exit.measure.explanation import Explanation, explain
@@ -63,7 +65,7 @@ class ExitClusterer(BaseEstimator):
         guarantee: what is certified (docs/certificates.md): "overall"; "cluster", the same for the images of every
             final cluster; "exit", for the images that leave at every exit with every label; or "expectation".
         audit: share of the images that leave early which predict() takes to the end all the same, to see whether the
-            certificate still holds (see `DriftAudit`); 0: none.
+            certificate still holds (see `DriftAudit`); 0: none. So do run() and stream().
         false_alarm: probability of a false alarm of that audit, however long it goes on.
         cost: what thresholds and exits="auto" save: "macs", or "time": stages as measured in fit().
         precision: "float32", or "bfloat16": encoder and all its answers, those of the whole encoder too, in bfloat16;
@@ -254,7 +256,7 @@ class ExitClusterer(BaseEstimator):
             data: images.
             begin: position of the first to cluster, such as the number of rows that are written already.
 
-        Returns:
+        Yields:
             One result for every 64 batches; the positions in its `skipped` count from its own first image.
 
         Raises:
@@ -270,7 +272,7 @@ class ExitClusterer(BaseEstimator):
     def predict_full(self, data: ImageData) -> np.ndarray:
         """Labels of the whole encoder, (N,) int64; -1 where an image is unusable."""
         source, batches = self._all(data, "whole encoder")
-        labels, skipped = self.cascade_.full(batches, len(source))
+        labels, skipped = self.cascade_.full(batches, len(source), self.batch_size)
         warn_of_skipped(skipped, source)
         return labels
 
@@ -292,7 +294,8 @@ class ExitClusterer(BaseEstimator):
         if targets is not None and np.shape(targets) != (len(source),):
             raise InputError(f"targets must have shape ({len(source)},), one for each image; got {np.shape(targets)}")
         device = self.cascade_.thresholds.device
-        exact = None if self.precision == "float32" else copy.deepcopy(self.encoder_).to(device)
+        float32 = self.cascade_.tapped.dtype == torch.float32
+        exact = None if float32 else copy.deepcopy(self.encoder_).to(device)
         found = evaluate(self.cascade_, batches, len(source), self.batch_size, targets, exact)
         warn_of_skipped(found.result.skipped, source)
         return found
@@ -318,7 +321,7 @@ class ExitClusterer(BaseEstimator):
         return explain(self.exit_names_[:-1], recorded, thresholds, path, disagreement, self.certificate_)
 
     def trade_off(self, data: ImageData) -> tuple[np.ndarray, np.ndarray]:
-        """Cost (multiply-adds) and agreement of every setting on `threshold_path_` on these images, (S,) and (S,)."""
+        """Cost (multiply-adds, every exit at work) and agreement of every setting on `threshold_path_`, (S,) each."""
         source, batches = self._all(data, "record")
         recorded, _ = self.cascade_.record(batches, len(source))
         return trade_off(self.threshold_path_, recorded, self.cascade_.costs)
@@ -377,6 +380,7 @@ class ExitClusterer(BaseEstimator):
         read = partial(self._batches, source)
         found = build(self.encoder_, self.get_params(deep=False), example, read, order, shaping, classes)
         self.cascade_, self.exit_choices_ = found.cascade, found.choices
+        self._cut_from = module_hash(self.encoder_)
         self.fit_images_, self.skipped_ = found.images, found.skipped
         self.n_fit_, self.n_sample_ = found.n_fit, found.n_sample
 
@@ -389,6 +393,7 @@ class ExitClusterer(BaseEstimator):
 
         The cascade in use stays as it is; a new one takes its place.
         """
+        self._run_what_is_there()
         found = calibrate(
             self.cascade_,
             partial(self._batches, source),
@@ -423,6 +428,20 @@ class ExitClusterer(BaseEstimator):
         if self.audit_ and self.audit_.take(result, rng):
             warnings.warn(str(self.audit_), stacklevel=3)
         return result
+
+    def _run_what_is_there(self) -> None:
+        """Make the copy that runs anew if the weights of `encoder_` changed, so that a certificate is about both."""
+        now = module_hash(self.encoder_)
+        if now == self._cut_from:
+            return
+        old = self.cascade_
+        precision = next(name for name, dtype in PRECISIONS.items() if dtype == old.tapped.dtype)
+        given = self.get_params(deep=False) | {"precision": precision}
+        kinds = [descriptor.kind for descriptor in old.tapped.descriptors]
+        example = torch.zeros(1, *self.image_shape_)
+        tapped = cut(self.encoder_, given, self.exit_names_[:-1], example, kinds, old.tapped.accumulate)
+        self.cascade_ = old.with_own_rules(tapped)
+        self._cut_from = now
 
     def _watch(self) -> None:
         """Begin the audit anew."""

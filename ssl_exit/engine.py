@@ -30,8 +30,8 @@ class ExitResult:
         labels: final cluster, (N,) int64; -1 for an image that could not be used.
         exits: index of the exit it left at, (N,) int64; the number of exits means the end.
         scores: its score there, (N,) float32; 1 at the end, NaN for an image that could not be used.
-        cost: multiply-adds spent on it, exits' own included / those of the whole encoder, (N,) float64; NaN
-            for an image that could not be used.
+        cost: multiply-adds that its exit takes, exits' own included / those of the whole encoder, (N,) float64; NaN
+            for an image that could not be used. Where a single batch is not compacted, more is computed.
         skipped: position and reason of every image that could not be used.
         audited: label of the whole encoder for images that left early and went on to the end all the same, (N,) int64;
             -1 for all others.
@@ -146,7 +146,7 @@ class Run:
         self.finite[indices] = finite_images(batch.images).to(x.device, non_blocking=True)
         carried = self.cascade.across.begin(len(x), self.cascade.final.n_clusters, x.device)
         entering = _Wave(x, torch.empty(len(x), 0, device=x.device), carried, indices)
-        if self.n == len(indices) <= self.batch_size:
+        if self.n == len(indices) + len(batch.skipped) <= self.batch_size:
             self._through(entering)
             return
         if len(indices) == self.batch_size:
@@ -178,14 +178,16 @@ class Run:
 
     def _advance(self, i: int, wave: "_Wave") -> None:
         """Run a segment on at most one batch; survivors move into the next queue."""
-        torch.compiler.cudagraph_mark_step_begin()
+        if self.compiled:
+            torch.compiler.cudagraph_mark_step_begin()
         found = self._step(i, wave)
         if found is not None:
             self.queues[i + 1].put(*found)
 
     def _through(self, wave: "_Wave") -> None:
         """Take one batch to the end."""
-        torch.compiler.cudagraph_mark_step_begin()
+        if self.compiled:
+            torch.compiler.cudagraph_mark_step_begin()
         for i in range(len(self.segments)):
             found = self._step(i, wave)
             if found is None:

@@ -50,14 +50,18 @@ def fingerprint(
         preprocessing: of its images.
         images: hashes of those that certify, (n,) uint64, if they are known.
     """
-    modules = [type(module).__name__ for module in encoder.modules()]
     return Fingerprint(
-        encoder=settings_hash([modules, tensors_hash(encoder.state_dict())]),
+        encoder=module_hash(encoder),
         preprocessing=settings_hash(preprocessing.to_dict() if preprocessing else None),
         exits=settings_hash([cascade.settings, tensors_hash(cascade.exits_state())]),
         images="" if images is None else images_hash(images),
         version=version("ssl-exit"),
     )
+
+
+def module_hash(module: nn.Module) -> str:
+    """SHA-256 of the types of its modules, and of its weights."""
+    return settings_hash([[type(part).__name__ for part in module.modules()], tensors_hash(module.state_dict())])
 
 
 def tensors_hash(tensors: Mapping[str, Tensor]) -> str:

@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import IO
 
 from ssl_exit.engine import ExitResult
+from ssl_exit.errors import InputError
 from ssl_exit.storage import whole_file
 
 HEAD = ("path", "label", "exit", "score")
@@ -33,8 +34,8 @@ def write_labels(file: Path, names: Sequence[str], result: ExitResult, exit_name
 class LabelsFile:
     """Rows written as they come, to a draft beside the file that takes its place when all are there.
 
-    A run that was killed leaves its draft; the next one with the same key goes on behind its last whole row. The key
-    is part of the draft's name, so that rows of another model or of other images are never gone on with.
+    A run that was killed leaves its draft; the next one with the same key goes on behind its last whole row. Key, exits
+    and names of the images are part of the draft's name: rows of another model or of other names are not gone on with.
 
     Attributes:
         begun: how many rows are there already.
@@ -75,7 +76,10 @@ class LabelsFile:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        ours = os.fstat(self._handle.fileno()).st_ino
         self._handle.close()
+        if not self.draft.is_file() or self.draft.stat().st_ino != ours:
+            raise InputError(f"another process writes {str(self.file)!r} too; let one of them finish") from error
         if kind is None and self.begun == len(self.names):
             self.draft.replace(self.file)
 

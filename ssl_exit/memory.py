@@ -2,11 +2,13 @@
 
 import ctypes
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # of glibc's malloc.h
 LARGEST = 32 << 20  # bytes; where glibc's own threshold for mmap stops growing
+_lock, _open = threading.Lock(), 0  # how many are at it, one inside another or in several threads
 
 
 @contextmanager
@@ -21,12 +23,19 @@ def kept_memory() -> Iterator[None]:
     if libc is None or not hasattr(libc, "mallopt") or not hasattr(libc, "malloc_trim"):
         yield
         return
-    libc.mallopt(M_MMAP_MAX, 0)
-    libc.mallopt(M_TRIM_THRESHOLD, -1)  # never
+    global _open
+    with _lock:
+        _open += 1
+        if _open == 1:
+            libc.mallopt(M_MMAP_MAX, 0)
+            libc.mallopt(M_TRIM_THRESHOLD, -1)  # never
     try:
         yield
     finally:
-        libc.mallopt(M_MMAP_MAX, 65536)
-        libc.mallopt(M_MMAP_THRESHOLD, LARGEST)
-        libc.mallopt(M_TRIM_THRESHOLD, 2 * LARGEST)
-        libc.malloc_trim(0)
+        with _lock:
+            _open -= 1
+            if _open == 0:
+                libc.mallopt(M_MMAP_MAX, 65536)
+                libc.mallopt(M_MMAP_THRESHOLD, LARGEST)
+                libc.mallopt(M_TRIM_THRESHOLD, 2 * LARGEST)
+                libc.malloc_trim(0)

@@ -10,22 +10,23 @@ import numpy as np
 import torch
 from torch import nn
 
+from ssl_exit.building import cut
 from ssl_exit.cascade import Cascade
 from ssl_exit.clusterer import ExitClusterer
 from ssl_exit.data.preprocessing import Preprocessing
 from ssl_exit.encoders.build import EncoderSpec
 from ssl_exit.encoders.compiling import can_compile
 from ssl_exit.encoders.graph import as_module
-from ssl_exit.encoders.tapped import TappedEncoder
 from ssl_exit.errors import InputError
 from ssl_exit.exits.across import AcrossExits
 from ssl_exit.exits.certificate import Certificate
 from ssl_exit.exits.final import Final, FinalClasses, FinalClusters
 from ssl_exit.exits.registry import build_rules
+from ssl_exit.fingerprint import module_hash
 from ssl_exit.parameters import usable_device
 from ssl_exit.placement import ExitChoice
 from ssl_exit.storage import WEIGHTS, read_model, write_model
-from ssl_exit.timing import StageTimes
+from ssl_exit.timing import StageTimes, stage_times
 
 SETTINGS = 100  # of the threshold path that are saved
 REBUILT = ("encoder", "preprocessing", "exits")  # parameters that a saved model holds in another form
@@ -50,6 +51,7 @@ def save(c: ExitClusterer, folder: Path) -> None:
         "params": {k: v for k, v in c.get_params(deep=False).items() if k not in REBUILT},
         "preprocessing": c.preprocessing.to_dict() if c.preprocessing else None,
         "image": c.image_shape_,
+        "device": c.cascade_.thresholds.device.type,
         "exits": [point.name for point in c.exit_points_],
         "descriptor": [descriptor.kind for descriptor in tapped.descriptors],
         "accumulate": tapped.accumulate,
@@ -98,25 +100,23 @@ def load(
         preprocessing=Preprocessing(**about["preprocessing"]) if about["preprocessing"] else None,
         **about["params"] | {"device": device},
     )
-    tapped = TappedEncoder.build(
-        filled,
-        about["exits"],
-        torch.zeros(1, *about["image"]),
-        descriptor=about["descriptor"],
-        accumulate=about["accumulate"],
-        normalize=c.normalize,
-    )
+    example = torch.zeros(1, *about["image"])
+    tapped = cut(filled, c.get_params(deep=False), about["exits"], example, about["descriptor"], about["accumulate"])
     rules = build_rules(c.rule, tapped.seen, c.n_clusters, c.rule_options)
     final: Final = FinalClasses(c.n_clusters)
     if not c.supervised:
         final = FinalClusters(exits["final.centroids"], c.spherical)
-    c.cascade_ = Cascade(tapped.for_inference(c.precision), rules, final, AcrossExits(c.patience, c.ensemble))
+    c.cascade_ = Cascade(tapped, rules, final, AcrossExits(c.patience, c.ensemble))
     c.cascade_.rules.load_state_dict({k[6:]: v for k, v in exits.items() if k.startswith("rules.")})
     c.cascade_.thresholds.copy_(exits["thresholds"])
     c.cascade_.times = StageTimes(**{k[6:]: v.numpy() for k, v in exits.items() if k.startswith("times.")})
     c.cascade_.to(usable_device(c.device))
-    c.cascade_.compiles = c.compile and can_compile(c.cascade_.thresholds.device)
+    device_ = c.cascade_.thresholds.device
+    c.cascade_.compiles = c.compile and can_compile(device_)
+    if about["device"] != device_.type:  # what was measured there says nothing of here
+        c.cascade_.times = stage_times(c.cascade_, torch.randn(min(c.batch_size, 16), *about["image"]))
     c.encoder_, c.spec_ = filled, EncoderSpec(spec) if spec else None
+    c._cut_from = module_hash(filled)
     c.image_shape_ = tuple(about["image"])
     c._certificate = Certificate.from_dict(about["certificate"])
     c.fit_images_ = exits["fit_images"].numpy().view(np.uint64)

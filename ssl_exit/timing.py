@@ -113,18 +113,19 @@ def stage_times(cascade: "Cascade", images: Tensor, repeats: int = 3) -> StageTi
 
 @kept_memory()
 @torch.inference_mode()
-def segment_seconds(cascade: "Cascade", images: Tensor, repeats: int = 5) -> tuple[np.ndarray, float]:
+def segment_seconds(cascade: "Cascade", images: Tensor, batch_size: int, repeats: int = 5) -> tuple[np.ndarray, float]:
     """Seconds of one run of every segment and, in turns with them, of the whole encoder and its assignment.
 
     Args:
         cascade: with its thresholds; an exit's own work belongs to the segment before it.
-        images: one batch, (N, C, H, W).
+        images: one batch, (N, C, H, W), on the cascade's device.
+        batch_size: the one in use; batches of this size run compiled where the cascade compiles.
         repeats: runs after one to warm up; medians are taken.
 
     Returns:
         Seconds a segment, (S,), and seconds of the whole encoder.
     """
-    device = cascade.thresholds.device
+    device, compiled = cascade.thresholds.device, len(images) == batch_size
     segments = cascade.segments()
     taken = np.zeros((repeats + 1, len(segments) + 1))
     for r in range(repeats + 1):
@@ -133,10 +134,13 @@ def segment_seconds(cascade: "Cascade", images: Tensor, repeats: int = 5) -> tup
         described = torch.empty(len(images), 0, device=device)
         carried = cascade.across.begin(len(images), cascade.final.n_clusters, device)
         for i, segment in enumerate(segments):
-            x, described, carried, *_ = cascade.call(segment, x, described, carried, compiled=cascade.compiles)
-            middle = now(device)
-            taken[r, i], start = middle - start, middle
-        cascade.labels(images)
+            x, described, carried = cascade.call(segment, x, described, carried, compiled=compiled)[:3]
+            taken[r, i] = now(device) - start
+            if compiled and cascade.compiles:  # CUDA graphs write their next results over these
+                x, described, carried = x.clone(), described.clone(), carried.clone()
+                torch.compiler.cudagraph_mark_step_begin()
+            start = now(device)
+        cascade.labels(images, batch_size)
         taken[r, -1] = now(device) - start
     *found, whole = np.median(taken[1:], axis=0)
     return np.array(found), float(whole)

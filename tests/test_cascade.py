@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from ssl_exit.data.images import open_images
+from ssl_exit.data.images import Batch, open_images
 from ssl_exit.engine import Run, _Queue
 from ssl_exit.exits.thresholds import simulate
 
@@ -86,6 +86,16 @@ def test_one_synchronisation_a_run_of_a_segment(fitted, test_images, monkeypatch
     assert len(waits) == len(early) > 0
 
 
+def test_a_single_batch_with_an_unreadable_image_goes_straight_through(fitted, test_images, monkeypatch):
+    (batch,) = open_images(test_images[:20]).batches(np.arange(20), 64)
+    with_hole = Batch(batch.indices + 1, batch.images, {0: "unreadable"})
+    plain = fitted.cascade_.run([batch], 20, 64)
+    monkeypatch.setattr(_Queue, "put", None)
+    result = fitted.cascade_.run([with_hole], 21, 64)
+    np.testing.assert_array_equal(result.labels[1:], plain.labels)
+    assert result.labels[0] == -1
+
+
 def test_scores_are_those_of_the_exit_taken(fitted, test_images):
     source = open_images(test_images)
     recorded, _ = fitted.cascade_.record(source.batches(np.arange(len(test_images)), 50), len(test_images))
@@ -156,7 +166,7 @@ def test_never_and_always(fitted, test_images):
     cascade = fitted.cascade_.with_own_rules()
     source = open_images(test_images)
     batches = list(source.batches(np.arange(len(test_images)), 64))
-    full, _ = cascade.full(batches, len(test_images))
+    full, _ = cascade.full(batches, len(test_images), 64)
     never = cascade.run(batches, len(test_images), 64)
     np.testing.assert_array_equal(never.labels, full)
     assert (never.exits == len(fitted.exit_points_)).all()

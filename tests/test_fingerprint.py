@@ -94,6 +94,22 @@ def test_what_changes_afterwards_voids_it(fitted, digits, tmp_path, change, what
     assert loaded.certificate_.void == ""
 
 
+def test_a_certificate_after_new_weights_is_about_what_a_load_will_run(fitted, digits, tmp_path):
+    """calibrate() cuts the encoder anew if its weights changed."""
+    before = fitted.predict_full(digits[:200])
+    with torch.no_grad():
+        for parameter in fitted.encoder_.parameters():
+            parameter.mul_(torch.randn_like(parameter))
+    fitted.calibrate(digits[900:])
+    assert fitted.certificate_.void == ""
+    now = fitted.predict_full(digits[:200])
+    assert (now != before).any()
+    fitted.save(tmp_path / "model")
+    loaded = load(tmp_path / "model", device="cpu")
+    np.testing.assert_array_equal(loaded.predict_full(digits[:200]), now)
+    assert loaded.certificate_ == fitted.certificate_
+
+
 def test_other_settings_than_certified_are_noticed_when_it_is_loaded(fitted, tmp_path):
     fitted.set_params(patience=2).save(tmp_path / "model")
     with pytest.warns(UserWarning, match="the certificate is void, thresholds, rules or clusters changed"):

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from ssl_exit.engine import ExitResult
+from ssl_exit.errors import InputError
 from ssl_exit.labels import LabelsFile, write_labels
 
 EXITS = ["early", "end"]
@@ -53,3 +54,13 @@ def test_rows_of_another_model_or_of_other_images_are_not_gone_on_with(tmp_path)
             assert other.begun == 0
     with LabelsFile(file, NAMES, EXITS, "key") as labels:
         assert labels.begun == 2
+
+
+def test_two_that_write_one_file_are_an_error(tmp_path):
+    file = tmp_path / "labels.csv"
+    first = LabelsFile(file, NAMES, EXITS, "key")
+    with LabelsFile(file, NAMES, EXITS, "key") as second:
+        with pytest.raises(InputError, match="another process writes"), first:
+            first.add(result_of([1, 2, 3, 4, 5, 6]))
+        second.add(result_of([1, 2, 3, 4, 5, 6]))
+    assert len(file.read_text().splitlines()) > 6

@@ -12,25 +12,34 @@ NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def for_inference(stage: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A copy of a stage in eval mode that computes the same, up to rounding.
+def for_inference(stage: nn.Module, dtype: torch.dtype, *, rewrite: bool) -> nn.Module:
+    """A copy of a stage in eval mode.
 
     Args:
         stage: stays as it is.
-        dtype: of weights and activations. Batch norms that cannot be folded keep their statistics in float32.
+        dtype: of weights and activations; the statistics of nn.BatchNorm stay in float32.
+        rewrite: fold batch norms and lay weights out channels last. A stage whose code looks at strides or inside its
+            modules may then compute something else, or fail: to be tried.
     """
     fast = copy.deepcopy(stage).eval().requires_grad_(False)
+    if not rewrite:
+        return _cast(fast, dtype)
     if isinstance(fast, fx.GraphModule):
         _fold_in_graph(fast)
     _fold_in_sequences(fast)
-    fast = fast.to(dtype)
-    for module in fast.modules():
-        if isinstance(module, NORMS):
-            module.float()
+    fast = _cast(fast, dtype)
     for parameter in fast.parameters():
         if parameter.dim() == 4:
             parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
     return fast
+
+
+def _cast(stage: nn.Module, dtype: torch.dtype) -> nn.Module:
+    stage = stage.to(dtype)
+    for module in stage.modules():
+        if isinstance(module, NORMS):
+            module.float()
+    return stage
 
 
 def _fold_in_graph(stage: fx.GraphModule) -> None:
@@ -42,9 +51,11 @@ def _fold_in_graph(stage: fx.GraphModule) -> None:
         before = node.args[0] if node.args else None
         if not isinstance(before, fx.Node) or before.op != "call_module" or len(before.users) > 1:
             continue
-        convolution, norm = modules[str(before.target)], modules[str(node.target)]
-        if uses[id(convolution)] == uses[id(norm)] == 1 and _foldable(convolution, norm):
-            stage.set_submodule(str(before.target), fuse_conv_bn_eval(convolution, norm))
+        convolution, norm = stage.get_submodule(str(before.target)), modules[str(node.target)]
+        once = uses[id(modules[str(before.target)])] == uses[id(norm)] == 1
+        if once and _foldable(convolution, norm):
+            fused = fuse_conv_bn_eval(convolution, norm)  # type: ignore[type-var]
+            stage.set_submodule(str(before.target), fused)
             node.replace_all_uses_with(before)
             stage.graph.erase_node(node)
     stage.recompile()
@@ -61,7 +72,7 @@ def _fold_in_sequences(stage: nn.Module) -> None:
             convolution, norm = parent[i], parent[i + 1]
             if uses[id(convolution)] == uses[id(norm)] == 1 and _foldable(convolution, norm):
                 parent[i] = fuse_conv_bn_eval(convolution, norm)  # type: ignore[type-var, arg-type]
-                del parent[i + 1]
+                parent[i + 1] = nn.Identity()  # what is counted from the front stays in its place
 
 
 def _foldable(convolution: nn.Module, norm: nn.Module) -> bool:

@@ -23,6 +23,7 @@ class TappedEncoder(nn.Module):
             their average.
         accumulate: whether an exit sees the descriptors of all earlier exits beside its own.
         dtype: in which stages take images.
+        layout: memory format in which they take them.
     """
 
     def __init__(
@@ -32,13 +33,14 @@ class TappedEncoder(nn.Module):
         output: Descriptor,
         accumulate: bool,
         dtype: torch.dtype = torch.float32,
+        layout: torch.memory_format = torch.contiguous_format,
     ) -> None:
         super().__init__()
         self.staged = staged
         self.descriptors = list(descriptors)
         self.output = output
         self.accumulate = accumulate
-        self.dtype = dtype
+        self.dtype, self.layout = dtype, layout
         ends = [0]
         for descriptor in self.descriptors:
             ends.append(ends[-1] + descriptor.dim)
@@ -97,17 +99,47 @@ class TappedEncoder(nn.Module):
         layout = layout_of(shape, image)
         return cls(staged, descriptors, Descriptor("average", shape, layout), accumulate)
 
-    def for_inference(self, precision: str) -> "TappedEncoder":
-        """A copy made to run fast in "float32" or "bfloat16" (see `for_inference`); this one stays as it is."""
+    def for_inference(self, precision: str, image: Sequence[int]) -> "TappedEncoder":
+        """A copy made to run fast (see `for_inference`); this one stays as it is.
+
+        Batch norms are folded and maps laid out channels last if the encoder then still computes the same in float32,
+        on two images of noise; one whose code depends on strides, such as `x.view(...)` of a map, runs as it is.
+
+        Args:
+            precision: "float32" or "bfloat16".
+            image: shape of an image, (C, H, W).
+
+        Raises:
+            InputError: the encoder does not run in that precision.
+        """
+        noise = torch.randn(2, *image, generator=torch.Generator().manual_seed(0))
+        with torch.inference_mode():
+            expected = self._copied("float32", rewrite=False).final_features(noise.clone())
+            fast = self._copied("float32", rewrite=True)
+            try:
+                found = fast.final_features(fast.enter(noise))
+                same = bool((found - expected).norm() <= 1e-3 * expected.norm() + 1e-6)
+            except RuntimeError:
+                same = False
+            copied = self._copied(precision, rewrite=same)
+            try:
+                copied.final_features(copied.enter(noise))
+            except RuntimeError as error:
+                reason = str(error).splitlines()[0]
+                raise InputError(f"the encoder does not run in {precision} ({reason}); use float32") from error
+        return copied
+
+    def _copied(self, precision: str, *, rewrite: bool) -> "TappedEncoder":
         dtype = PRECISIONS[precision]
-        stages = [for_inference(stage, dtype) for stage in self.staged.stages]
+        stages = [for_inference(stage, dtype, rewrite=rewrite) for stage in self.staged.stages]
         staged = StagedEncoder(stages, self.staged.exit_points, self.staged.macs)
-        return TappedEncoder(staged, self.descriptors, self.output, self.accumulate, dtype).eval()
+        layout = torch.channels_last if rewrite else torch.contiguous_format
+        return TappedEncoder(staged, self.descriptors, self.output, self.accumulate, dtype, layout).eval()
 
     def enter(self, images: Tensor) -> Tensor:
-        """Images, (N, C, H, W) float32 on any device, as the first stage of a copy for inference takes them."""
+        """Images, (N, C, H, W) float32 on any device, as the first stage takes them."""
         device = next(self.parameters()).device
-        layout = torch.channels_last if images.dim() == 4 else torch.contiguous_format
+        layout = self.layout if images.dim() == 4 else torch.contiguous_format
         return images.to(device, non_blocking=True).to(self.dtype, memory_format=layout)
 
     @property

@@ -135,13 +135,13 @@ def evaluate(
 
     def whole(batch: Batch) -> None:
         if len(batch.indices):
-            full[batch.indices.numpy()] = cascade.labels(batch.images).cpu().numpy()
+            full[batch.indices.numpy()] = cascade.labels(batch.images, batch_size).cpu().numpy()
 
     warm = False
     for i, batch in enumerate(on_device(batches, device)):
         if not warm and len(batch.indices):  # once outside the clock
             Run(cascade, n, batch_size).push(batch)
-            segments, whole_seconds = segment_seconds(cascade, batch.images)
+            segments, whole_seconds = segment_seconds(cascade, batch.images, batch_size)
             own = stage_times(cascade, batch.images).exits[-1]
             warm = True
         steps = {"early": run.push, "full": whole}

@@ -36,7 +36,7 @@ def summary(evaluation: Evaluation) -> str:
         f"agreement                 {evaluation.agreement:.4f}  (labels equal to the whole encoder's)",
         f"cost, multiply-adds       {evaluation.cost_macs:.3f}   (whole encoder = 1, exits' own included)",
         f"cost, measured time       {evaluation.cost_time:.3f}   ({evaluation.images_per_second:,.0f} images/s; whole "
-        f"encoder {evaluation.images_per_second_full:,.0f}; stage times predict {evaluation.cost_time_predicted:.3f})",
+        f"encoder {evaluation.images_per_second_full:,.0f}; by its parts' times {evaluation.cost_time_predicted:.3f})",
     ]
     for key in ("acc", "nmi", "ari"):
         if key in evaluation.metrics:

@@ -59,4 +59,6 @@ def test_auto_spreads_exits_over_the_cost_and_takes_the_last_of_equal_points():
     assert choose_exits(points) == [2, 3, 4, 5, 6]
     assert choose_exits(points, most=1) == [4]
     assert choose_exits(points[-2:]) == []
+    narrow = [ExitPoint("wide", (64, 8, 8), 0.11), ExitPoint("narrow", (8, 8, 8), 0.13), ExitPoint("far", (1,), 0.17)]
+    assert choose_exits(narrow)[:2] == [1, 2]  # near 1/9 and near 2/9
     assert choose_exits([ExitPoint("wide", (9216,), 0.5), ExitPoint("map", (9216, 2, 2), 0.6)]) == [1]
