@@ -191,7 +191,7 @@ def latencies(c: ExitClusterer, images: Tensor, exits: np.ndarray) -> dict:
             segments, whole = segment_seconds(
                 c.cascade_, images[i : i + 1].to(c.cascade_.thresholds.device), c.batch_size, 15
             )
-            reached = [(exits >= segment.stages.start).mean() for segment in c.cascade_.segments()]
+            reached = [(exits >= segment.stages.start).mean() for segment in c.cascade_.plan().segments]
             predicted.append(whole / float(segments @ reached))
     realised = np.mean(taken["whole encoder"]) / np.mean(taken["early exit"])
     found = {

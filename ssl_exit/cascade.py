@@ -13,7 +13,7 @@ from ssl_exit.data.images import Batch
 from ssl_exit.data.transfer import on_device
 from ssl_exit.encoders.compiling import call_compiled, compile_for_inference, without_compiling
 from ssl_exit.encoders.tapped import TappedEncoder
-from ssl_exit.engine import NOT_FINITE, ExitResult, Run, Segment, finite_images, not_finite, segments, used_exits
+from ssl_exit.engine import NOT_FINITE, ExitResult, Plan, Run, Segment, finite_images, not_finite, segments, used_exits
 from ssl_exit.exits.across import AcrossExits
 from ssl_exit.exits.final import Final
 from ssl_exit.exits.rules import ExitRule
@@ -49,7 +49,7 @@ class Cascade(nn.Module):
         self.across = across or AcrossExits()
         shape = (len(self.rules), final.n_clusters)
         self.register_buffer("thresholds", torch.full(shape, torch.inf))
-        self._segments: dict[tuple[bool, ...], list[Segment]] = {}
+        self._plans: dict[tuple[bool, ...], Plan] = {}
 
     @property
     def exit_rules(self) -> list[ExitRule]:
@@ -64,34 +64,16 @@ class Cascade(nn.Module):
         """
         return exit_costs(self.tapped, self.exit_rules, self.final)
 
-    @property
-    def costs_now(self) -> np.ndarray:
-        """The same with the thresholds as they are.
-
-        Exits at which nothing can leave, and that no later one builds on, do no work.
-        """
-        return exit_costs(self.tapped, self.exit_rules, self.final, self.used)
-
-    @property
-    def live(self) -> list[bool]:
-        """Whether anything can leave at each exit."""
-        return (self.thresholds <= 1).any(1).tolist()
-
-    @property
-    def used(self) -> np.ndarray:
-        """Whether each exit works, (E,) bool."""
-        return used_exits(self, self.live)
-
-    def segments(self, live: list[bool] | None = None) -> list[Segment]:
-        """What is run one after another, with the thresholds as they are or where these exits let images leave."""
-        key = tuple(self.live if live is None else live)
-        if key not in self._segments:
-            found = segments(self, key)
-            if self.compiles:
-                for segment in found:
-                    compile_for_inference(segment, self.thresholds.device)
-            self._segments[key] = found
-        return self._segments[key]
+    def plan(self, live: Sequence[bool] | None = None) -> Plan:
+        """What is run with the thresholds as they are, or where these exits let images leave; made once for each."""
+        key = tuple((self.thresholds <= 1).any(1).tolist() if live is None else live)
+        if key not in self._plans:
+            used = used_exits(self, key)
+            costs = exit_costs(self.tapped, self.exit_rules, self.final, used)
+            self._plans[key] = Plan(segments(self, key), used, costs)
+            for segment in self._plans[key].segments if self.compiles else []:
+                compile_for_inference(segment, self.thresholds.device)
+        return self._plans[key]
 
     def call(
         self, segment: Segment, x: Tensor, described: Tensor, carried: Tensor, *, compiled: bool
@@ -163,7 +145,7 @@ class Cascade(nn.Module):
     @torch.inference_mode()
     def labels(self, images: Tensor, batch_size: int) -> Tensor:
         """Labels of the whole encoder for one batch, (N,) int64; -1 where pixels or features are not finite."""
-        (whole,) = self.segments([False] * len(self.rules))
+        (whole,) = self.plan([False] * len(self.rules)).segments
         x = self.tapped.enter(images)
         nothing = torch.empty(len(x), 0, device=x.device)
         labels = self.call(whole, x, nothing, nothing, compiled=len(x) == batch_size)[3]
@@ -229,7 +211,7 @@ class Cascade(nn.Module):
         return fresh.to(self.thresholds.device)
 
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"_segments": {}}  # programs are not copied
+        return super().__getstate__() | {"_plans": {}}  # programs are not copied
 
     def _visits(
         self, batches: Iterable[Batch], skipped: dict[int, str]

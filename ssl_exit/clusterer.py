@@ -422,10 +422,11 @@ class ExitClusterer(BaseEstimator):
 
     def _cluster(self, batches: Iterable[Batch], n: int) -> ExitResult:
         """Run the cascade over n images, positions from 0, and audit some."""
-        rng = np.random.default_rng((self.random_state, self.audit_.images if self.audit_ else 0))
-        chosen = self.audit_.choose(n, rng) if self.audit_ else None
-        result = self.cascade_.run(batches, n, self.batch_size, chosen)
-        if self.audit_ and self.audit_.take(result, rng):
+        if self.audit_ is None:
+            return self.cascade_.run(batches, n, self.batch_size)
+        rng = np.random.default_rng((self.random_state, self.audit_.images))
+        result = self.cascade_.run(batches, n, self.batch_size, self.audit_.choose(n, rng))
+        if self.audit_.take(result, rng):
             warnings.warn(str(self.audit_), stacklevel=3)
         return result
 

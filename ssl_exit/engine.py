@@ -95,6 +95,22 @@ class Segment(nn.Module):
         return x, described, carried, labels, scores, scores >= thresholds[labels]
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What a cascade runs while certain exits let images leave.
+
+    Attributes:
+        segments: one after another.
+        used: whether each exit works, (E,) bool.
+        costs: multiply-adds spent when leaving at each exit and at the end / the whole encoder's, (E + 1,); exits at
+            which nothing can leave, and that no later one builds on, do no work.
+    """
+
+    segments: list[Segment]
+    used: np.ndarray
+    costs: np.ndarray
+
+
 def segments(cascade: "Cascade", live: Sequence[bool]) -> list[Segment]:
     """Cut a cascade at its live exits: those that let an image leave."""
     used = used_exits(cascade, live)
@@ -123,7 +139,8 @@ class Run:
     def __init__(self, cascade: "Cascade", n: int, batch_size: int, audit: np.ndarray | None = None) -> None:
         self.cascade, self.n, self.batch_size = cascade, n, batch_size
         device = cascade.thresholds.device
-        self.segments, self.compiled = cascade.segments(), cascade.compiles
+        self.plan, self.compiled = cascade.plan(), cascade.compiles
+        self.segments = self.plan.segments
         self.last = len(cascade.rules)
         self.queues = [_Queue(2 * batch_size) for _ in self.segments]
         self.labels = torch.full((n,), -1, dtype=torch.int64, device=device)
@@ -167,7 +184,7 @@ class Run:
         exits = self.exits.masked_fill(never, self.last).cpu().numpy()
         scores = self.scores.masked_fill(never, torch.nan).cpu().numpy()
         audited = self.audited.masked_fill(never, -1).cpu().numpy()
-        spent = self.cascade.costs_now[np.where(audited >= 0, self.last, exits)]
+        spent = self.plan.costs[np.where(audited >= 0, self.last, exits)]
         cost = np.where(labels >= 0, spent, np.nan)
         return ExitResult(labels, exits, scores, cost, self.skipped | not_finite(labels, self.skipped), audited)
 
@@ -232,7 +249,7 @@ class Run:
     def _run(self, segment: Segment, wave: "_Wave") -> list[Tensor]:
         compiled = self.compiled and len(wave.x) == self.batch_size
         found = self.cascade.call(segment, wave.x, wave.described, wave.carried, compiled=compiled)
-        return [part[: len(wave)] for part in found]
+        return [part[: len(wave)] for part in found] if len(wave) < len(wave.x) else list(found)
 
 
 @dataclass(frozen=True)

@@ -126,7 +126,7 @@ def segment_seconds(cascade: "Cascade", images: Tensor, batch_size: int, repeats
         Seconds a segment, (S,), and seconds of the whole encoder.
     """
     device, compiled = cascade.thresholds.device, len(images) == batch_size
-    segments = cascade.segments()
+    segments = cascade.plan().segments
     taken = np.zeros((repeats + 1, len(segments) + 1))
     for r in range(repeats + 1):
         start = now(device)

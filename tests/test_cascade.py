@@ -29,7 +29,7 @@ def test_batched_equals_one_by_one_equals_simulated(fitted, test_images):
         result = run(fitted, test_images, batch_size)
         np.testing.assert_array_equal(result.labels, labels)
         np.testing.assert_array_equal(result.exits, exits)
-        np.testing.assert_allclose(result.cost, fitted.cascade_.costs_now[exits])
+        np.testing.assert_allclose(result.cost, fitted.cascade_.plan().costs[exits])
 
 
 def test_a_batch_that_is_never_compacted_gives_the_same(fitted, test_images, monkeypatch):
@@ -56,16 +56,16 @@ def test_exits_at_which_nothing_leaves_do_no_work(fitted, test_images):
     batches = list(open_images(test_images).batches(np.arange(len(test_images)), 64))
     some = cascade.run(batches, len(test_images), 64)
     assert set(some.exits.tolist()) <= {1, len(fitted.exit_points_)}
-    found = cascade.segments()
+    found = cascade.plan().segments
     assert [(s.stages, s.exit) for s in found] == [(range(2), 1), (range(2, len(cascade.rules) + 1), None)]
     assert found[0].asked == [1]
     assert found[0].described == ([0, 1] if cascade.tapped.accumulate else [1])
     assert found[1].described == found[1].asked == []
     recorded, _ = cascade.record(batches, len(test_images))
     np.testing.assert_array_equal(some.labels, simulate(recorded, cascade.thresholds.numpy())[0])
-    own = cascade.costs_now - fitted.cascade_.costs
+    own = cascade.plan().costs - fitted.cascade_.costs
     assert own[-1] < 0
-    assert cascade.with_own_rules().costs_now[-1] == pytest.approx(1)
+    assert cascade.with_own_rules().plan().costs[-1] == pytest.approx(1)
 
 
 def test_one_synchronisation_a_run_of_a_segment(fitted, test_images, monkeypatch):

@@ -414,7 +414,7 @@ def test_compiled_full_batches_give_the_same(encoder, rgb_digits):
     plain = clusterer(encoder, exits=exits).fit(rgb_digits[:800])
     fast = clusterer(encoder, exits=exits, compile=True).fit(rgb_digits[:800])
     sizes = []
-    for segment in fast.cascade_.segments():
+    for segment in fast.cascade_.plan().segments:
         segment.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
     for n in (200, 30, 1):
         np.testing.assert_array_equal(fast.predict(rgb_digits[800 : 800 + n]), plain.predict(rgb_digits[800 : 800 + n]))

@@ -102,7 +102,7 @@ def test_auditing_changes_no_label_and_costs_what_it_says(audited, images):
     assert not (taken & ~early).any()
     assert 0.1 < taken.sum() / early.sum() < 0.3
     np.testing.assert_array_equal(found.audited[taken], audited.predict_full(images)[taken])
-    np.testing.assert_allclose(found.cost, np.where(taken, audited.cascade_.costs_now[-1], plain.cost))
+    np.testing.assert_allclose(found.cost, np.where(taken, audited.cascade_.plan().costs[-1], plain.cost))
     assert audited.audit_.images == 400
     assert audited.audit_.audited == taken.sum()
     assert audited.audit_.disagreements == (found.audited != found.labels)[taken].sum()

@@ -43,6 +43,6 @@ def test_times_of_a_cascade(fitted, rgb_digits):
     assert times.moves.shape == (3, stops - 1)
     assert all((seconds > 0).all() for seconds in (times.stages, times.exits, times.moves))
     segments, whole = segment_seconds(fitted.cascade_, rgb_digits[:32], 64, repeats=2)
-    assert len(segments) == len(fitted.cascade_.segments())
+    assert len(segments) == len(fitted.cascade_.plan().segments)
     assert (segments > 0).all()
     assert whole > 0

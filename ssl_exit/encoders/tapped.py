@@ -1,7 +1,7 @@
 """A staged encoder together with the descriptor at each of its exit points."""
 
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import islice, pairwise
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +46,7 @@ class TappedEncoder(nn.Module):
             ends.append(ends[-1] + descriptor.dim)
         self.columns = [slice(0 if accumulate else a, b) for a, b in pairwise(ends)]
         self.dim = ends[-1]
+        self._anchor = list(islice(staged.parameters(), 1))  # tells the device, without a search at every batch
 
     @classmethod
     def build(
@@ -138,9 +139,8 @@ class TappedEncoder(nn.Module):
 
     def enter(self, images: Tensor) -> Tensor:
         """Images, (N, C, H, W) float32 on any device, as the first stage takes them."""
-        device = next(self.parameters()).device
         layout = self.layout if images.dim() == 4 else torch.contiguous_format
-        return images.to(device, non_blocking=True).to(self.dtype, memory_format=layout)
+        return images.to(self._anchor[0].device, non_blocking=True).to(self.dtype, memory_format=layout)
 
     @property
     def seen(self) -> list[int]:

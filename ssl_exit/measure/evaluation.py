@@ -167,7 +167,7 @@ def evaluate(
         metrics |= {f"{k}_full": v for k, v in against_targets(full[good], targets[good], classes).items()}
     names = [point.name for point in cascade.tapped.staged.exit_points] + ["end"]
     rows = []
-    for e, (name, cost) in enumerate(zip(names, cascade.costs_now, strict=True)):
+    for e, (name, cost) in enumerate(zip(names, run.plan.costs, strict=True)):
         here = good & (result.exits == e)
         same = agreement(result.labels[here], full[here]) if here.any() else float("nan")
         rows.append(ExitShare(name, float(cost), float(here[good].mean()), same))
@@ -180,7 +180,7 @@ def evaluate(
         cost_macs=float(result.cost[good].mean()),
         cost_time=seconds["early"] / seconds["full"],
         cost_time_predicted=float(segments @ reached[starts]) / whole_seconds,
-        time_of_exits=float(own[:-1] * cascade.used @ reached[:-1]) / whole_seconds,
+        time_of_exits=float(own[:-1] * run.plan.used @ reached[:-1]) / whole_seconds,
         images_per_second=count / seconds["early"],
         images_per_second_full=count / seconds["full"],
         agreement_float32=1.0 if exact is None else agreement(in_float32[good], full[good]),
