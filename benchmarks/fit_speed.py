@@ -52,7 +52,7 @@ def main() -> None:
     args = parser.parse_args()
     pixels = cifar("train")[0][np.random.default_rng(0).permutation(50_000)[: args.images]]
     net = encoder("simclr").build().eval()
-    engine = TappedEncoder.build(net, "auto", HOW(pixels[:1])).for_inference("float32")
+    engine = TappedEncoder.build(net, "auto", HOW(pixels[:1])).for_inference("float32", (3, 32, 32))
     rows: dict[str, list[float]] = {}
     for repeat in range(args.repeats):
         with kept_memory():
