@@ -142,7 +142,8 @@ class Run:
         self.plan, self.compiled = cascade.plan(), cascade.compiles
         self.segments = self.plan.segments
         self.last = len(cascade.rules)
-        self.queues = [_Queue(2 * batch_size) for _ in self.segments]
+        room = 2 * batch_size if self.compiled else min(2 * batch_size, n)  # padding takes full batches
+        self.queues = [_Queue(room, self.compiled) for _ in self.segments]
         self.labels = torch.full((n,), -1, dtype=torch.int64, device=device)
         self.exits = torch.full((n,), self.last, dtype=torch.int64, device=device)
         self.scores = torch.full((n,), torch.nan, device=device)
@@ -177,7 +178,7 @@ class Run:
         """Flush the queues and hand out the result."""
         for i, queue in enumerate(self.queues):
             if len(queue):
-                self._advance(i, queue.take(self.batch_size, self.compiled))
+                self._advance(i, queue.take(self.batch_size))
                 self._drain()
         never = ~self.finite | (self.labels < 0)
         labels = self.labels.masked_fill(never, -1).cpu().numpy()
@@ -191,7 +192,7 @@ class Run:
     def _drain(self) -> None:
         """Run full batches, the deepest first, until every queue holds less than one."""
         while (ready := max((i for i, q in enumerate(self.queues) if len(q) >= self.batch_size), default=-1)) >= 0:
-            self._advance(ready, self.queues[ready].take(self.batch_size, self.compiled))
+            self._advance(ready, self.queues[ready].take(self.batch_size))
 
     def _advance(self, i: int, wave: "_Wave") -> None:
         """Run a segment on at most one batch; survivors move into the next queue."""
@@ -279,8 +280,8 @@ class _Wave:
 class _Queue:
     """Survivors waiting for a segment, in arrays allocated once: small tensors kept alive fragment the heap."""
 
-    def __init__(self, capacity: int) -> None:
-        self.capacity, self.filled = capacity, 0
+    def __init__(self, capacity: int, pad: bool) -> None:
+        self.capacity, self.pad, self.filled = capacity, pad, 0
         self.arrays: list[Tensor] = []
 
     def __len__(self) -> int:
@@ -292,7 +293,9 @@ class _Queue:
             self.last = [_channels_last(part) for part in wave.parts]
         parts = [_rows(part, last) for part, last in zip(wave.parts, self.last, strict=True)]
         if not self.arrays:
-            self.arrays = [part.new_zeros(self.capacity, *part.shape[1:]) for part in parts]
+            self.arrays = [part.new_empty(self.capacity, *part.shape[1:]) for part in parts]
+            for array in self.arrays if self.pad else []:
+                array.zero_()  # what pads must be finite
         count = len(wave) if rows is None else len(rows)
         for array, part in zip(self.arrays, parts, strict=True):
             target = array[self.filled : self.filled + count]
@@ -302,10 +305,10 @@ class _Queue:
                 torch.index_select(part, 0, rows, out=target)
         self.filled += count
 
-    def take(self, most: int, pad: bool) -> _Wave:
-        """The last images put in, at most `most`, or padded to so many; to be used before the next `put`."""
+    def take(self, most: int) -> _Wave:
+        """The last images put in, at most `most` (padded to so many if wanted); to be used before the next `put`."""
         first = max(0, self.filled - most)
-        stops = [first + most if pad else self.filled] * 3 + [self.filled]
+        stops = [first + most if self.pad else self.filled] * 3 + [self.filled]
         parts = [array[first:stop] for array, stop in zip(self.arrays, stops, strict=True)]
         wave = _Wave(*(_tensor(part, last) for part, last in zip(parts, self.last, strict=True)))
         self.filled = first
