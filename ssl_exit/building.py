@@ -5,12 +5,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from ssl_exit.calibration import shape, work
 from ssl_exit.cascade import Cascade
 from ssl_exit.data.images import Batch, mirrored
 from ssl_exit.encoders.compiling import can_compile
+from ssl_exit.encoders.inference import PRECISIONS
 from ssl_exit.encoders.tapped import TappedEncoder
 from ssl_exit.exits.across import AcrossExits
 from ssl_exit.exits.registry import build_rules
@@ -116,6 +118,25 @@ def cut(
         encoder, exits, example, descriptor=descriptor, accumulate=accumulate, normalize=given["normalize"]
     )
     return tapped.for_inference(given["precision"], example.shape[1:]).to(usable_device(given["device"]))
+
+
+def cut_anew(cascade: Cascade, encoder: nn.Module, given: Mapping[str, Any], image: Sequence[int]) -> Cascade:
+    """The same exits and rules over a new copy of an encoder whose weights changed; thresholds let nothing exit.
+
+    Args:
+        cascade: stays as it is.
+        encoder: on the CPU, of the same architecture.
+        given: parameters of `ExitClusterer`.
+        image: shape of an image, (C, H, W).
+    """
+    old = cascade.tapped
+    precision = next(name for name, dtype in PRECISIONS.items() if dtype == old.dtype)
+    names = [point.name for point in old.staged.exit_points]
+    kinds = [descriptor.kind for descriptor in old.descriptors]
+    example = torch.zeros(1, *image)
+    return cascade.with_own_rules(
+        cut(encoder, {**given, "precision": precision}, names, example, kinds, old.accumulate)
+    )
 
 
 def _fitted(

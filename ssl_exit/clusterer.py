@@ -5,7 +5,6 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +15,14 @@ from sklearn.exceptions import NotFittedError
 from sklearn.utils.validation import check_is_fitted
 from torch import nn
 
-from ssl_exit.building import build, cut
+from ssl_exit.building import build, cut_anew
 from ssl_exit.calibration import FITTED, calibrate, split_held_out, work
 from ssl_exit.data.images import Batch, ImageData, ImageSource, open_images
 from ssl_exit.data.preprocessing import Preprocessing
-from ssl_exit.data.reading import name_of, read, warn_of_skipped
+from ssl_exit.data.reading import name_of, parts, read, warn_of_skipped
 from ssl_exit.drift import DriftAudit
 from ssl_exit.encoders.build import EncoderSpec
 from ssl_exit.encoders.graph import ExitPoint, as_module
-from ssl_exit.encoders.inference import PRECISIONS
 from ssl_exit.encoders.stages import MOST_EXITS
 from ssl_exit.engine import ExitResult
 from ssl_exit.errors import InputError
@@ -265,9 +263,8 @@ class ExitClusterer(BaseEstimator):
         self._check_fitted()
         source = self._open(data)
         batches = self._batches(source, np.arange(begin, len(source)), "cluster")
-        for first in range(begin, len(source), PART * self.batch_size):
-            n = min(PART * self.batch_size, len(source) - first)
-            yield self._cluster((_moved(batch, -first) for batch in islice(batches, PART)), n)
+        for part, n in parts(batches, begin, len(source), self.batch_size, PART):
+            yield self._cluster(part, n)
 
     def predict_full(self, data: ImageData) -> np.ndarray:
         """Labels of the whole encoder, (N,) int64; -1 where an image is unusable."""
@@ -393,7 +390,9 @@ class ExitClusterer(BaseEstimator):
 
         The cascade in use stays as it is; a new one takes its place.
         """
-        self._run_what_is_there()
+        if (now := module_hash(self.encoder_)) != self._cut_from:  # a certificate is about both, encoder and what runs
+            self.cascade_ = cut_anew(self.cascade_, self.encoder_, self.get_params(deep=False), self.image_shape_)
+            self._cut_from = now
         found = calibrate(
             self.cascade_,
             partial(self._batches, source),
@@ -430,20 +429,6 @@ class ExitClusterer(BaseEstimator):
             warnings.warn(str(self.audit_), stacklevel=3)
         return result
 
-    def _run_what_is_there(self) -> None:
-        """Make the copy that runs anew if the weights of `encoder_` changed, so that a certificate is about both."""
-        now = module_hash(self.encoder_)
-        if now == self._cut_from:
-            return
-        old = self.cascade_
-        precision = next(name for name, dtype in PRECISIONS.items() if dtype == old.tapped.dtype)
-        given = self.get_params(deep=False) | {"precision": precision}
-        kinds = [descriptor.kind for descriptor in old.tapped.descriptors]
-        example = torch.zeros(1, *self.image_shape_)
-        tapped = cut(self.encoder_, given, self.exit_names_[:-1], example, kinds, old.tapped.accumulate)
-        self.cascade_ = old.with_own_rules(tapped)
-        self._cut_from = now
-
     def _watch(self) -> None:
         """Begin the audit anew."""
         self.audit_ = (
@@ -467,9 +452,3 @@ class ExitClusterer(BaseEstimator):
             check_is_fitted(self, "cascade_")
         except NotFittedError:
             raise NotFittedError("this ExitClusterer is not fitted yet; call fit(data) first") from None
-
-
-def _moved(batch: Batch, by: int) -> Batch:
-    """The same batch at other positions."""
-    skipped = {position + by: reason for position, reason in batch.skipped.items()}
-    return replace(batch, indices=batch.indices + by, skipped=skipped)

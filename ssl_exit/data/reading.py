@@ -2,6 +2,8 @@
 
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
+from itertools import islice
 
 import numpy as np
 from tqdm.auto import tqdm
@@ -35,6 +37,23 @@ def read(
                 )
             yield batch
             bar.update(len(batch.indices) + len(batch.skipped))
+
+
+def parts(
+    batches: Iterator[Batch], begin: int, end: int, batch_size: int, most: int
+) -> Iterator[tuple[Iterator[Batch], int]]:
+    """Batches of the images from `begin` to `end`, `most` batches at a time, and how many images each part has.
+
+    Every part must be read to its end before the next; positions in it count from its own first image.
+    """
+    for first in range(begin, end, most * batch_size):
+        yield (_moved(batch, -first) for batch in islice(batches, most)), min(most * batch_size, end - first)
+
+
+def _moved(batch: Batch, by: int) -> Batch:
+    """The same batch at other positions."""
+    skipped = {position + by: reason for position, reason in batch.skipped.items()}
+    return replace(batch, indices=batch.indices + by, skipped=skipped)
 
 
 def warn_of_skipped(skipped: dict[int, str], source: ImageSource) -> None:
