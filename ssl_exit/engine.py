@@ -60,7 +60,16 @@ class Segment(nn.Module):
     ) -> None:
         super().__init__()
         self.stages, self.exit, self.described, self.asked = stages, exit_, described, asked
-        self._tapped, self._rules = cascade.tapped, cascade.exit_rules
+        tapped, rules = cascade.tapped, cascade.exit_rules
+        self._steps = [
+            (
+                tapped.staged.stages[i],
+                tapped.descriptors[i] if i in described else None,
+                rules[i] if i in asked else None,
+            )
+            for i in stages
+        ]
+        self._output, self._accumulate = tapped.output, tapped.accumulate
         self._final, self._across = cascade.final, cascade.across
 
     def forward(
@@ -78,18 +87,16 @@ class Segment(nn.Module):
             The first three after this segment; labels, scores and who leaves here, (N,) each. At the end of the
             encoder all leave, with score 1, or NaN where the label is -1.
         """
-        tapped = self._tapped
-        for stage in self.stages:
-            x = tapped.staged.stages[stage](x)
-            if stage in self.described:
-                own = tapped.descriptors[stage](x)
-                seen = torch.cat([described, own], dim=1) if tapped.accumulate else own
-                described = seen if tapped.accumulate else described
-            if stage in self.asked:
-                rule = self._rules[stage]
-                labels, scores, carried = self._across.decide(rule, rule.logits(seen), carried, stage)
+        for i, (stage, descriptor, rule) in zip(self.stages, self._steps, strict=True):
+            x = stage(x)
+            if descriptor is not None:
+                seen = descriptor(x)
+                if self._accumulate:
+                    seen = described = torch.cat([described, seen], dim=1)
+            if rule is not None:
+                labels, scores, carried = self._across.decide(rule, rule.logits(seen), carried, i)
         if self.exit is None:
-            labels = self._final(tapped.output(x))
+            labels = self._final(self._output(x))
             scores = torch.where(labels >= 0, 1.0, torch.nan)
             return x, described, carried, labels, scores, torch.ones_like(labels, dtype=torch.bool)
         return x, described, carried, labels, scores, scores >= thresholds[labels]
@@ -149,7 +156,7 @@ class Run:
         self.scores = torch.full((n,), torch.nan, device=device)
         self.finite = torch.ones(n, dtype=torch.bool, device=device)
         self.audit = None if audit is None else torch.from_numpy(audit).to(device)
-        self.audited = torch.full((n,), -1, dtype=torch.int64, device=device)
+        self.audited = self.labels.clone()
         self.lingering = audit is not None  # whether images that left may still be among those that run
         self.skipped: dict[int, str] = {}
 
@@ -180,11 +187,10 @@ class Run:
             if len(queue):
                 self._advance(i, queue.take(self.batch_size))
                 self._drain()
-        never = ~self.finite | (self.labels < 0)
-        labels = self.labels.masked_fill(never, -1).cpu().numpy()
-        exits = self.exits.masked_fill(never, self.last).cpu().numpy()
-        scores = self.scores.masked_fill(never, torch.nan).cpu().numpy()
-        audited = self.audited.masked_fill(never, -1).cpu().numpy()
+        found = self.labels, self.exits, self.scores, self.audited, self.finite
+        labels, exits, scores, audited, finite = (values.cpu().numpy() for values in found)
+        never = ~finite | (labels < 0)
+        labels[never], exits[never], scores[never], audited[never] = -1, self.last, np.nan, -1
         spent = self.plan.costs[np.where(audited >= 0, self.last, exits)]
         cost = np.where(labels >= 0, spent, np.nan)
         return ExitResult(labels, exits, scores, cost, self.skipped | not_finite(labels, self.skipped), audited)

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import islice
 
@@ -23,20 +24,21 @@ def read(
         batch_size: images a batch.
         shape: what every image must have, (C, H, W).
         what: they are read for, beside the bar.
-        progress: show a bar, on a terminal.
+        progress: show a bar, on a terminal and for more than one batch.
 
     Raises:
         InputError: images of another shape.
     """
-    hidden = None if progress else True  # None: hidden where there is no terminal
-    with tqdm(total=len(order), desc=what, unit="img", disable=hidden) as bar:
+    shown = progress and len(order) > batch_size
+    with tqdm(total=len(order), desc=what, unit="img", disable=None) if shown else nullcontext() as bar:
         for batch in source.batches(order, batch_size):
             if len(batch.indices) and batch.images.shape[1:] != shape:
                 raise InputError(
                     f"this model takes images of shape {shape}, as in fit(); got {tuple(batch.images.shape[1:])}"
                 )
             yield batch
-            bar.update(len(batch.indices) + len(batch.skipped))
+            if bar is not None:
+                bar.update(len(batch.indices) + len(batch.skipped))
 
 
 def parts(
