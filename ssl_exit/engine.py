@@ -61,14 +61,9 @@ class Segment(nn.Module):
         super().__init__()
         self.stages, self.exit, self.described, self.asked = stages, exit_, described, asked
         tapped, rules = cascade.tapped, cascade.exit_rules
-        self._steps = [
-            (
-                tapped.staged.stages[i],
-                tapped.descriptors[i] if i in described else None,
-                rules[i] if i in asked else None,
-            )
-            for i in stages
-        ]
+        descriptors = [tapped.descriptors[i] if i in described else None for i in stages]
+        asks = [rules[i] if i in asked else None for i in stages]
+        self._steps = list(zip(list(tapped.staged.stages)[stages.start : stages.stop], descriptors, asks, strict=True))
         self._output, self._accumulate = tapped.output, tapped.accumulate
         self._final, self._across = cascade.final, cascade.across
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ssl_exit.exits.thresholds import Recorded, threshold_path, trade_off
+from ssl_exit.exits.thresholds import Recorded, foretold_agreement, threshold_path, trade_off
 
 LEAST = 0.001  # of the whole encoder's cost that an exit must save to be kept
 
@@ -58,11 +58,14 @@ def choose(
         One choice a candidate, in their order; at least one is kept.
     """
 
+    foretold = foretold_agreement(recorded)
+
     def cost_of(kept: list[int]) -> float:
         work = np.cumsum(stage)
         costs = np.append(work[kept] + np.cumsum(own[kept]), work[-1] + own[kept].sum() + own[-1])
         part = Recorded(recorded.labels[:, kept], recorded.scores[:, kept], recorded.final)
-        path = threshold_path(part, costs, n_clusters, per_cluster=False, steps=12, between=4)
+        settings = {"per_cluster": False, "steps": 12, "between": 4, "foretold": foretold[:, kept]}
+        path = threshold_path(part, costs, n_clusters, **settings)
         cost, agreement = trade_off(path, part, costs)
         return float(cost[agreement >= 1 - max_disagreement].min())
 

@@ -37,18 +37,31 @@ def simulate(recorded: Recorded, thresholds: np.ndarray) -> tuple[np.ndarray, np
     Returns:
         Labels, (N,) int64, and exits, (N,) int64; exit E is the end of the encoder.
     """
-    n, e = recorded.labels.shape
-    leaves = recorded.scores >= thresholds[np.arange(e), recorded.labels]  # NaN never leaves
-    exits = np.where(leaves.any(1), leaves.argmax(1), e) if e else np.zeros(n, dtype=np.int64)
+    exits = _exits(recorded, thresholds, _cells(recorded, thresholds))
     with_end = np.column_stack([recorded.labels, recorded.final])
-    return with_end[np.arange(n), exits], exits
+    return with_end[np.arange(len(exits)), exits], exits
 
 
 def trade_off(path: np.ndarray, recorded: Recorded, costs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Mean cost and agreement of every setting of a path: thresholds (S, E, K), costs (E + 1,) -> (S,), (S,)."""
-    answers = [simulate(recorded, thresholds) for thresholds in path]
-    cost = np.array([costs[exits].mean() for _, exits in answers])
-    return cost, np.array([(labels == recorded.final).mean() for labels, _ in answers])
+    agrees = np.column_stack([recorded.labels == recorded.final[:, None], np.ones(len(recorded), dtype=bool)])
+    cells = _cells(recorded, path[0])
+    every = [_exits(recorded, thresholds, cells) for thresholds in path]
+    agreement = [agrees[np.arange(len(exits)), exits].mean() for exits in every]
+    return np.array([costs[exits].mean() for exits in every]), np.array(agreement)
+
+
+def _cells(recorded: Recorded, thresholds: np.ndarray) -> np.ndarray:
+    """Where in the flattened thresholds, (E, K), each image's own is at each exit, (N, E)."""
+    e, k = thresholds.shape
+    return recorded.labels + k * np.arange(e)
+
+
+def _exits(recorded: Recorded, thresholds: np.ndarray, cells: np.ndarray) -> np.ndarray:
+    """The first exit whose threshold each image passes, (N,) int64; E: none."""
+    leaves = np.ones((len(recorded), len(thresholds) + 1), dtype=bool)
+    np.greater_equal(recorded.scores, thresholds.ravel()[cells], out=leaves[:, :-1])  # NaN never leaves
+    return leaves.argmax(1)
 
 
 def threshold_path(
@@ -59,6 +72,7 @@ def threshold_path(
     per_cluster: bool = True,
     steps: int = 40,
     between: int = 24,
+    foretold: np.ndarray | None = None,
 ) -> np.ndarray:
     """Settings from "never exit" to "always exit at the first", cheaper and less sure step by step.
 
@@ -72,6 +86,7 @@ def threshold_path(
         per_cluster: a threshold for every exit and cluster; otherwise one for every exit.
         steps: number of prices.
         between: settings from one price to the next.
+        foretold: what `foretold_agreement` says of those images, (N, E), if that is known already.
 
     Returns:
         Thresholds, (steps * between + between + 1, E, K) float32; inf = never.
@@ -79,9 +94,11 @@ def threshold_path(
     e = recorded.labels.shape[1]
     best = np.full((e, n_clusters), NEVER)
     knots = [best]
-    loss = ((recorded.labels != recorded.final[:, None]) + 1 - foretold_agreement(recorded)) / 2
+    foretold = foretold_agreement(recorded) if foretold is None else foretold
+    loss = ((recorded.labels != recorded.final[:, None]) + 1 - foretold) / 2
+    groups = [_ranked(*columns, per_cluster) for columns in zip(recorded.labels.T, recorded.scores.T, strict=True)]
     for price in np.geomspace(100.0, 0.3, steps):
-        best = _best_thresholds(recorded, loss, costs, price, best, per_cluster)
+        best = _best_thresholds(recorded, loss, costs, price, best, groups)
         knots.append(best)
     knots.append(np.zeros((e, n_clusters)))
     odds = [_log_odds(knot) for knot in knots]
@@ -111,13 +128,25 @@ def foretold_agreement(recorded: Recorded) -> np.ndarray:
     return found
 
 
+Groups = list[tuple[int | slice, np.ndarray]]  # clusters that share a threshold, and their images by falling score
+
+
+def _ranked(labels: np.ndarray, scores: np.ndarray, per_cluster: bool) -> Groups:
+    """The images of one exit that have a score, (N,) each, group by group."""
+    order = np.argsort(-scores, kind="stable")
+    order = order[np.isfinite(scores[order])]
+    if not per_cluster:
+        return [(slice(None), order)]
+    return [(int(cluster), order[labels[order] == cluster]) for cluster in np.unique(labels[order])]
+
+
 def _best_thresholds(
     recorded: Recorded,
     loss: np.ndarray,
     costs: np.ndarray,
     price: float,
     start: np.ndarray,
-    per_cluster: bool,
+    groups: list[Groups],
     sweeps: int = 3,
 ) -> np.ndarray:
     """Coordinate descent on mean(cost) + price * mean(loss), exit by exit from the last to the first.
@@ -134,13 +163,9 @@ def _best_thresholds(
         onward_cost, onward_loss = np.full(n, costs[-1]), np.zeros(n)  # of going on from the exit at hand
         for exit_ in reversed(range(e)):
             gain = onward_cost - costs[exit_] - price * (loss[:, exit_] - onward_loss)
-            usable = np.flatnonzero(reached[:, exit_] & np.isfinite(scores[:, exit_]))
-            usable = usable[np.argsort(-scores[usable, exit_], kind="stable")]
-            groups: list[tuple[int | slice, np.ndarray]] = [(slice(None), usable)]
-            if per_cluster:
-                own = labels[usable, exit_]
-                groups = [(int(cluster), usable[own == cluster]) for cluster in np.unique(own)]
-            for clusters, order in groups:
+            here = reached[:, exit_]
+            for clusters, ranked in groups[exit_]:
+                order = ranked[here[ranked]]
                 if len(order):
                     thresholds[exit_, clusters] = _best_cut(scores[order, exit_], gain[order])
             go = scores[:, exit_] >= thresholds[exit_, labels[:, exit_]]
