@@ -69,7 +69,7 @@ def recorded(cascade: Cascade, described: Tensor, features: Tensor, heat: bool) 
     logits = torch.stack([rule.logits(described[:, part]) for rule, part in columns], dim=1)
     final = cascade.final(features)
     if heat:
-        return cascade.fit_temperatures(logits, final)[0]
+        return cascade.fit_temperatures(logits, final)
     none = cascade.across.begin(len(final), K, final.device)
     said = [cascade.across.decide(rule, logits[:, i], none, i)[:2] for i, rule in enumerate(cascade.exit_rules)]
     labels, scores = (torch.stack(each, dim=1).numpy() for each in zip(*said, strict=True))

@@ -66,7 +66,7 @@ def main() -> None:
             rows.setdefault(f"fit / bare pass, K = {k}", []).append(fit / bare)
             points = F.normalize(found, dim=1).numpy()
             sample = points[: max(SAMPLE, 256 * k)]
-            ours, (centroids, _) = seconds_of(lambda s=sample, k=k, r=repeat: kmeans(s, k, seed=r))
+            ours, centroids = seconds_of(lambda s=sample, k=k, r=repeat: kmeans(s, k, seed=r))
             inertia = float(faiss.knn(points, centroids, 1)[0].sum())
             rows.setdefault(f"k-means, seconds, K = {k}", []).append(ours)
             for starts in (1, 5):

@@ -8,12 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ssl_exit.calibration import shape, work
+from ssl_exit.calibration import work
 from ssl_exit.cascade import Cascade
 from ssl_exit.data.images import Batch, mirrored
 from ssl_exit.encoders.compiling import can_compile
 from ssl_exit.encoders.inference import PRECISIONS
 from ssl_exit.encoders.tapped import TappedEncoder
+from ssl_exit.errors import InputError
 from ssl_exit.exits.across import AcrossExits
 from ssl_exit.exits.registry import build_rules
 from ssl_exit.exits.rules import ExitRule
@@ -68,9 +69,13 @@ def build(
         classes: in the supervised mode, the class of the image at every position, or None.
 
     Raises:
-        InputError: from `TappedEncoder.build` and `collect`.
+        InputError: from `TappedEncoder.build` and `collect`, or more patience than exits.
     """
     tapped = cut(encoder, given, given["exits"], example, given["descriptor"], given["accumulate"])
+    if given["patience"] > len(tapped.seen):
+        raise InputError(
+            f"patience {given['patience']} lets nothing leave at {len(tapped.seen)} exits; lower it or name more exits"
+        )
     rules = build_rules(given["rule"], tapped.seen, given["n_clusters"], given["rule_options"])
     used: list[np.ndarray] = []
     passes = [noted(read(order, "fit"), used)]
@@ -156,7 +161,9 @@ def _choices(cascade: Cascade, given: Mapping[str, Any], read: Read, shaping: np
     """
     if given["exits"] != "auto" or len(shaping) == 0 or given["patience"] > 1 or given["ensemble"]:
         return []
-    recorded, _, _ = shape(cascade.with_own_rules(), read(shaping, "place exits"), len(shaping))
+    fresh = cascade.with_own_rules()
+    logits, final, _ = fresh.logits(read(shaping, "place exits"), len(shaping))
+    recorded = fresh.fit_temperatures(logits, final)
     if len(recorded) == 0:
         return []
     names = [point.name for point in cascade.tapped.staged.exit_points]

@@ -10,7 +10,7 @@ from ssl_exit.cascade import Cascade
 from ssl_exit.data.images import Batch
 from ssl_exit.exits.cbt import cbt_path
 from ssl_exit.exits.certificate import Certificate, certify, close_thin_cells
-from ssl_exit.exits.thresholds import Recorded, threshold_path, trade_off
+from ssl_exit.exits.thresholds import threshold_path, trade_off
 from ssl_exit.fingerprint import SeenImages, unseen
 
 LOGITS_BYTES = 1 << 28  # for the logits of the images that shape the threshold path
@@ -66,16 +66,6 @@ def work(cascade: Cascade, cost: str) -> tuple[np.ndarray, np.ndarray]:
     return stage / whole, own / whole
 
 
-def shape(cascade: Cascade, batches: Iterable[Batch], n: int) -> tuple[Recorded, np.ndarray, dict[int, str]]:
-    """Set temperatures from n images.
-
-    Returns:
-        What exits then say of them, mean probabilities by final cluster, (E, K, K), and unusable images with reasons.
-    """
-    logits, final, skipped = cascade.logits(batches, n)
-    return *cascade.fit_temperatures(logits, final), skipped
-
-
 def calibrate(
     cascade: Cascade,
     batches: Callable[[np.ndarray, str], Iterable[Batch]],
@@ -108,11 +98,10 @@ def calibrate(
     """
     fresh = cascade.with_own_rules()
     shaped: list[np.ndarray] = []
-    recorded, mean_probabilities, skipped = shape(
-        fresh, unseen(batches(shaping, "calibrate"), {FITTED: seen}, shaped), len(shaping)
-    )
+    logits, final, skipped = fresh.logits(unseen(batches(shaping, "calibrate"), {FITTED: seen}, shaped), len(shaping))
+    recorded = fresh.fit_temperatures(logits, final)
     if thresholds == "cbt":
-        path = cbt_path(recorded, costs, mean_probabilities)
+        path = cbt_path(recorded, costs, fresh.mean_probabilities(logits, final))
     else:
         path = threshold_path(recorded, costs, cascade.final.n_clusters, per_cluster=thresholds == "search")
     proved: list[np.ndarray] = []

@@ -183,26 +183,31 @@ class Cascade(nn.Module):
         good = (final >= 0) & logits.isfinite().flatten(1).all(1)
         return logits[good], final[good], skipped
 
-    def fit_temperatures(self, logits: Tensor, final: Tensor) -> tuple[Recorded, np.ndarray]:
+    def fit_temperatures(self, logits: Tensor, final: Tensor) -> Recorded:
         """Set the temperature of every rule; logits (n, E, width), final labels (n,).
 
         Returns:
-            The labels and scores of those images under the new temperatures, and the mean probabilities at each
-            exit by final cluster, (E, K, K), a row a cluster; uniform where a cluster has no image.
+            The labels and scores of those images under the new temperatures.
         """
         e, k = self.thresholds.shape
         labels, scores = torch.zeros(len(final), e, dtype=torch.int64), torch.zeros(len(final), e)
-        means = torch.full((e, k, k), 1 / k)
         carried = self.across.begin(len(final), k, torch.device("cpu"))
         for i, rule in enumerate(self.exit_rules if len(final) else []):
             rule = copy.deepcopy(rule).cpu()
             rule.fit_temperature(logits[:, i], final)
             self.exit_rules[i].load_state_dict(rule.state_dict())
             labels[:, i], scores[:, i], carried = self.across.decide(rule, logits[:, i], carried, i)
-            p = rule.log_probabilities(logits[:, i]).exp()
+        return Recorded(labels.numpy(), scores.numpy(), final.numpy())
+
+    def mean_probabilities(self, logits: Tensor, final: Tensor) -> np.ndarray:
+        """Mean probabilities at each exit by final cluster, (E, K, K), a row a cluster; uniform without images."""
+        e, k = self.thresholds.shape
+        means = torch.full((e, k, k), 1 / k)
+        for i, rule in enumerate(self.exit_rules):
+            p = copy.deepcopy(rule).cpu().log_probabilities(logits[:, i]).exp()
             for cluster in final.unique():
                 means[i, cluster] = p[final == cluster].mean(0)
-        return Recorded(labels.numpy(), scores.numpy(), final.numpy()), means.numpy()
+        return means.numpy()
 
     def with_own_rules(self, tapped: TappedEncoder | None = None) -> "Cascade":
         """The same encoder (or another) with copies of the rules, and thresholds that let nothing exit."""

@@ -3,7 +3,7 @@
 import json
 import sys
 import warnings
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 
 from ssl_exit.clusterer import ExitClusterer
 from ssl_exit.data.images import FolderImages
-from ssl_exit.data.pixels import digits_pixels, open_pixels
-from ssl_exit.data.preprocessing import Preprocessing
+from ssl_exit.data.pixels import digits_pixels
+from ssl_exit.data.preprocessing import METADATA, Preprocessing, trained_with
 from ssl_exit.encoders import graph
 from ssl_exit.encoders.build import EncoderSpec
 from ssl_exit.encoders.tapped import TappedEncoder
@@ -23,7 +23,7 @@ from ssl_exit.fingerprint import fingerprint
 from ssl_exit.labels import LabelsFile
 from ssl_exit.report.tables import exit_points_table, exit_table, explanation_table, summary, text_table
 from ssl_exit.saving import load
-from ssl_exit.storage import check_model_folder, whole_file
+from ssl_exit.storage import check_file, check_model_folder, whole_file
 
 NOT_COMPARED = ("out", "resume", "device", "devices", "num_workers", "logger", "precision", "compile", "monitor_every")
 IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
@@ -32,7 +32,7 @@ IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 def demo(out: str | None = None, seed: int = 0, epochs: int = 60) -> None:
     """Train an encoder on handwritten digits without labels and cluster unseen ones with early exits.
 
-    Needs no network and no GPU; takes about a minute.
+    Needs no network and no GPU; takes about half a minute.
 
     Args:
         out: folder to write the model, labels.csv, report.json and exits.png into.
@@ -119,6 +119,8 @@ def train(
 
     preprocessing = Preprocessing(size, tuple(mean), tuple(std), crop)
     spec = EncoderSpec(encoder, weights)
+    file = Path(out) / "encoder.safetensors"
+    check_file(file)
     with seeded(seed):
         module = spec.build()
         tapped = TappedEncoder.build(module, exits, torch.zeros(1, len(mean), size, size), descriptor=descriptor)
@@ -130,10 +132,9 @@ def train(
             optimization=Optimization(optimizer, learning_rate, momentum, weight_decay, schedule),
             options=options,
         )
-    pixels = digits_pixels() if data == "digits" else open_pixels(data, preprocessing, num_workers, devices)
     run_training(
         training,
-        pixels,
+        digits_pixels() if data == "digits" else data,
         epochs=epochs,
         batch_size=batch_size,
         out=Path(out),
@@ -151,10 +152,10 @@ def train(
     )
     if not training.trainer.is_global_zero:
         return
-    file = Path(out) / "encoder.safetensors"
     with whole_file(file) as draft:
-        save_file({k: v.contiguous().clone() for k, v in module.state_dict().items()}, draft)
-    print(f"{len(pixels)} images, {epochs} epochs; encoder written to {file}")
+        state = {k: v.contiguous().clone() for k, v in module.state_dict().items()}
+        save_file(state, draft, {METADATA: json.dumps(preprocessing.to_dict())})
+    print(f"{epochs} epochs; encoder written to {file}")
 
 
 def fit(
@@ -177,10 +178,10 @@ def fit(
     confidence: float = 0.95,
     guarantee: str = "overall",
     audit: float = 0.0,
-    size: int = 224,
-    crop: float = 1.0,
-    mean: list[float] = IMAGENET_MEAN,
-    std: list[float] = IMAGENET_STD,
+    size: int | None = None,
+    crop: float | None = None,
+    mean: list[float] | None = None,
+    std: list[float] | None = None,
     descriptor: str = "auto",
     accumulate: bool = True,
     normalize: bool = False,
@@ -217,7 +218,8 @@ def fit(
             with every label; or expectation (see docs/certificates.md).
         audit: share of the images that leave early which predict takes to the end too, to see whether the certificate
             still holds; 0: none.
-        size: height and width in pixels of what the encoder sees.
+        size: height and width in pixels of what the encoder sees; like crop, mean and std, if it is not given that of
+            the training where `train` wrote the weights, else 224 (1, ImageNet's).
         crop: share of the shorter side kept by the centre crop.
         mean: per channel, of pixels in [0, 1]; one entry for grey images.
         std: per channel, of pixels in [0, 1].
@@ -259,7 +261,7 @@ def fit(
         accumulate=accumulate,
         normalize=normalize,
         spherical=spherical,
-        preprocessing=Preprocessing(size, tuple(mean), tuple(std), crop),
+        preprocessing=_preprocessing(weights, {"size": size, "mean": mean, "std": std, "crop": crop}),
         holdout=holdout,
         num_workers=num_workers,
     )
@@ -276,6 +278,9 @@ def fit(
     print(text_table(("exit", "cost, multiply-adds", "cost, measured time"), rows))
     for choice in c.exit_choices_:
         print(choice)
+    tapped = c.cascade_.tapped
+    kinds = ", ".join(sorted({descriptor.kind for descriptor in tapped.descriptors}))
+    print(f"descriptors: {kinds}; an exit sees {'those before it too' if tapped.accumulate else 'its own alone'}")
     certificate = c.certificate_
     print(
         f"{c.n_clusters} clusters of {'directions of ' * c.spherical}final features; k-means saw {c.n_sample_} of "
@@ -284,7 +289,15 @@ def fit(
     )
 
 
-def predict(model: str, data: str, out: str = "labels.csv", num_workers: int = 0, device: str = "auto") -> None:
+def predict(
+    model: str,
+    data: str,
+    out: str = "labels.csv",
+    audit: float | None = None,
+    compile: bool | None = None,
+    num_workers: int = 0,
+    device: str = "auto",
+) -> None:
     """Cluster a folder of images with early exits.
 
     Rows are written as they come; after an interrupt or a kill the same command goes on where it stopped.
@@ -293,10 +306,12 @@ def predict(model: str, data: str, out: str = "labels.csv", num_workers: int = 0
         model: folder that fit wrote.
         data: folder of images, searched recursively.
         out: CSV file: path, label, exit, score; label -1 for an image that cannot be used.
+        audit: share of the images that leave early which go on to the end too; that of fit if not given.
+        compile: run full batches through torch.compile; as in fit if not given.
         num_workers: processes that decode images.
         device: auto, cpu, cuda, cuda:1, ...
     """
-    c = load(model, device=device)
+    c = load(model, device=device, audit=audit, compile=compile)
     c.num_workers = num_workers
     images = FolderImages(Path(data), c.preprocessing)
     about = asdict(fingerprint(c.encoder_, c.cascade_, c.preprocessing))
@@ -340,6 +355,8 @@ def evaluate(
         num_workers: processes that decode images.
         device: auto, cpu, cuda, cuda:1, ...
     """
+    if out:
+        check_file(Path(out))
     c = load(model, device=device)
     c.num_workers = num_workers
     images = FolderImages(Path(data), c.preprocessing)
@@ -366,6 +383,18 @@ def list_exits(encoder: str, size: int = 224, channels: int = 3) -> None:
     """
     points = graph.list_exits(EncoderSpec(encoder).build(), torch.zeros(1, channels, size, size))
     print(exit_points_table(points))
+
+
+def _preprocessing(weights: str | None, given: dict[str, Any]) -> Preprocessing:
+    """What is given, and for the rest what the weights were trained with, or torchvision's usual."""
+    trained = trained_with(weights)
+    found = replace(
+        trained or Preprocessing(224, tuple(IMAGENET_MEAN), tuple(IMAGENET_STD)),
+        **{name: value for name, value in given.items() if value is not None},
+    )
+    if trained and found != trained:
+        warnings.warn(f"the weights were trained with {trained}, and are used with {found}", stacklevel=2)
+    return found
 
 
 def _list_skipped(skipped: dict[int, str], paths: list[str]) -> None:

@@ -203,7 +203,7 @@ class ExitClusterer(BaseEstimator):
         if draft.exit_choices_:  # made by the images that shape thresholds
             draft.fit_images_ = np.union1d(draft.fit_images_, draft._shaped)
         self.__dict__.update(draft.__dict__)
-        warn_of_skipped(self.skipped_, source)
+        warn_of_skipped(self.skipped_, source, "`skipped_`")
         return self
 
     def calibrate(
@@ -244,7 +244,7 @@ class ExitClusterer(BaseEstimator):
         """
         source, batches = self._all(data, "cluster")
         result = self._cluster(batches, len(source))
-        warn_of_skipped(result.skipped, source)
+        warn_of_skipped(result.skipped, source, "`skipped` of the result of run()")
         return result
 
     def stream(self, data: ImageData, begin: int = 0) -> Iterator[ExitResult]:
@@ -252,7 +252,7 @@ class ExitClusterer(BaseEstimator):
 
         Args:
             data: images.
-            begin: position of the first to cluster, such as the number of rows that are written already.
+            begin: position of the first to cluster, >= 0, such as the number of rows that are written already.
 
         Yields:
             One result for every 64 batches; the positions in its `skipped` count from its own first image.
@@ -261,6 +261,8 @@ class ExitClusterer(BaseEstimator):
             InputError: as in `run`.
         """
         self._check_fitted()
+        if begin < 0:
+            raise InputError(f"begin must be the position of an image, >= 0; got {begin}")
         source = self._open(data)
         batches = self._batches(source, np.arange(begin, len(source)), "cluster")
         for part, n in parts(batches, begin, len(source), self.batch_size, PART):
@@ -288,13 +290,15 @@ class ExitClusterer(BaseEstimator):
             InputError: images or targets of another shape, or no image that can be used.
         """
         source, batches = self._all(data, "evaluate")
-        if targets is not None and np.shape(targets) != (len(source),):
-            raise InputError(f"targets must have shape ({len(source)},), one for each image; got {np.shape(targets)}")
+        if targets is not None:
+            targets = np.asarray(targets)
+            if targets.shape != (len(source),):
+                raise InputError(f"targets must have shape ({len(source)},), one for each image; got {targets.shape}")
         device = self.cascade_.thresholds.device
         float32 = self.cascade_.tapped.dtype == torch.float32
         exact = None if float32 else copy.deepcopy(self.encoder_).to(device)
         found = evaluate(self.cascade_, batches, len(source), self.batch_size, targets, exact)
-        warn_of_skipped(found.result.skipped, source)
+        warn_of_skipped(found.result.skipped, source, "`result.skipped`")
         return found
 
     def explain(self, data: ImageData) -> Explanation:

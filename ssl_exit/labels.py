@@ -11,7 +11,7 @@ from typing import IO
 
 from ssl_exit.engine import ExitResult
 from ssl_exit.errors import InputError
-from ssl_exit.storage import whole_file
+from ssl_exit.storage import check_file, whole_file
 
 HEAD = ("path", "label", "exit", "score")
 
@@ -49,7 +49,11 @@ class LabelsFile:
             names: of all images.
             exit_names: of the exits, and "end".
             key: what the rows depend on; names and exits are added to it.
+
+        Raises:
+            InputError: there is a folder or a device of that name.
         """
+        check_file(file)
         self.file, self.names, self.exit_names = file, names, exit_names
         digest = hashlib.sha256()
         for word in chain([key, *exit_names, ""], names):

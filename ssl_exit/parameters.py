@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ssl_exit.data.preprocessing import Preprocessing
 from ssl_exit.encoders.inference import PRECISIONS
 from ssl_exit.errors import InputError
 from ssl_exit.exits.across import AcrossExits
@@ -26,6 +27,11 @@ def check_parameters(given: Mapping[str, Any]) -> None:
     """Raise InputError for the first parameter, by name, that cannot be used."""
     if not isinstance(given["rule_options"], (Mapping, type(None))):
         raise InputError(f"rule_options must map names to values, like {{'hidden': 64}}; got {given['rule_options']!r}")
+    if not isinstance(given["preprocessing"], (Preprocessing, type(None))):
+        raise InputError(
+            f"preprocessing must be an ssl_exit.Preprocessing or None; got {type(given['preprocessing']).__name__}: "
+            "apply any other transform in your Dataset, and give none here"
+        )
     check_rule(given["rule"], given["rule_options"])
     AcrossExits(given["patience"], given["ensemble"])
     for name, legal in CHOICES.items():

@@ -23,13 +23,13 @@ from ssl_exit.exits.certificate import Certificate
 from ssl_exit.exits.final import Final, FinalClasses, FinalClusters
 from ssl_exit.exits.registry import build_rules
 from ssl_exit.fingerprint import module_hash
-from ssl_exit.parameters import usable_device
+from ssl_exit.parameters import check_parameters, usable_device
 from ssl_exit.placement import ExitChoice
 from ssl_exit.storage import WEIGHTS, read_model, write_model
 from ssl_exit.timing import StageTimes, stage_times
 
 SETTINGS = 100  # of the threshold path that are saved
-REBUILT = ("encoder", "preprocessing", "exits")  # parameters that a saved model holds in another form
+REBUILT = ("encoder", "preprocessing")  # parameters that a saved model holds in another form
 
 
 def save(c: ExitClusterer, folder: Path) -> None:
@@ -66,7 +66,12 @@ def save(c: ExitClusterer, folder: Path) -> None:
 
 
 def load(
-    folder: str | Path, encoder: nn.Module | Sequence[nn.Module] | None = None, device: str = "auto"
+    folder: str | Path,
+    encoder: nn.Module | Sequence[nn.Module] | None = None,
+    device: str = "auto",
+    *,
+    audit: float | None = None,
+    compile: bool | None = None,
 ) -> ExitClusterer:
     """Read a model that `ExitClusterer.save` wrote.
 
@@ -76,10 +81,11 @@ def load(
             copied, and filled with the saved weights. Models saved with an EncoderSpec build their own; for
             "module:function" that imports the module from the Python path.
         device: where to run: "auto" or what torch.device takes.
+        audit, compile: other values than those the model was fitted with.
 
     Raises:
         InputError: the folder is no model, truncated, changed since it was written, of a newer format, or
-            needs an encoder.
+            needs an encoder; or an audit that cannot be.
     """
     folder = Path(folder)
     about, weights, exits = read_model(folder)
@@ -94,12 +100,13 @@ def load(
         filled.load_state_dict(weights)
     except RuntimeError as error:
         raise InputError(f"the encoder given does not fit model {str(folder)!r}: {error}") from error
+    changed = {"device": device, "audit": audit, "compile": compile}
     c = ExitClusterer(
         filled if spec is None else EncoderSpec(spec, str(folder / WEIGHTS)),
-        exits=about["exits"],
         preprocessing=Preprocessing(**about["preprocessing"]) if about["preprocessing"] else None,
-        **about["params"] | {"device": device},
+        **about["params"] | {name: value for name, value in changed.items() if value is not None},
     )
+    check_parameters(c.get_params(deep=False))
     example = torch.zeros(1, *about["image"])
     tapped = cut(filled, c.get_params(deep=False), about["exits"], example, about["descriptor"], about["accumulate"])
     rules = build_rules(c.rule, tapped.seen, c.n_clusters, c.rule_options)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ssl_exit.errors import InputError
 
-FORMAT = 4
+FORMAT = 5
 WEIGHTS, EXITS, ABOUT = "encoder.safetensors", "exits.safetensors", "model.json"
 
 
@@ -31,10 +31,21 @@ def check_model_folder(folder: Path) -> None:
     """Refuse a folder that a model may not take the place of.
 
     Raises:
-        InputError: it is a file, or holds anything that is not a model's.
+        InputError: it is a file, or holds anything that is not a model's, such as weights alone.
     """
-    if folder.exists() and (not folder.is_dir() or {f.name for f in folder.iterdir()} - {WEIGHTS, EXITS, ABOUT}):
+    found = {f.name for f in folder.iterdir()} if folder.is_dir() else set()
+    if (folder.exists() and not folder.is_dir()) or (found and (ABOUT not in found or found - {WEIGHTS, EXITS, ABOUT})):
         raise InputError(f"{str(folder)!r} exists and is not just a model; give a new folder")
+
+
+def check_file(file: Path) -> None:
+    """Refuse to write over what is no file.
+
+    Raises:
+        InputError: it is a folder, a device or the like.
+    """
+    if file.exists() and not file.is_file():
+        raise InputError(f"{str(file)!r} exists and is no regular file; give another name")
 
 
 def write_model(folder: Path, about: dict[str, Any], weights: dict[str, Tensor], exits: dict[str, Tensor]) -> None:

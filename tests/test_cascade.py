@@ -37,6 +37,7 @@ def test_a_batch_that_is_never_compacted_gives_the_same(fitted, test_images, mon
     asked = []
     monkeypatch.setattr(fitted.cascade_, "compacting_pays", lambda *args: asked.append(args[1:]))
     result = run(fitted, test_images, 1000)
+    assert asked
     assert all(before == len(test_images) > after for before, after in asked)
     for name in ("labels", "exits", "cost"):
         np.testing.assert_array_equal(getattr(result, name), getattr(compacted, name))

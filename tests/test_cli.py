@@ -59,6 +59,12 @@ def test_guarantee_and_audit(image_folder, tmp_path, capsys):
     assert "audit: no drift found (" in capsys.readouterr().out
     certificate = json.loads((tmp_path / "model" / "model.json").read_text())["certificate"]
     assert certificate["guarantee"] == "cluster"
+    again = ["predict", "--model", out, "--data", str(image_folder), "--out", str(tmp_path / "again.csv")]
+    main([*again, "--audit", "0"])
+    assert "audit:" not in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main([*again, "--audit", "2"])
+    assert "audit must lie between 0 and 1" in capsys.readouterr().err
 
 
 def test_evaluate_explains(model, image_folder, tmp_path, capsys):

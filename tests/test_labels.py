@@ -56,6 +56,11 @@ def test_rows_of_another_model_or_of_other_images_are_not_gone_on_with(tmp_path)
         assert labels.begun == 2
 
 
+def test_what_is_no_file_is_refused_before_the_work(tmp_path):
+    with pytest.raises(InputError, match="is no regular file"):
+        LabelsFile(tmp_path, NAMES, EXITS, "key")
+
+
 def test_two_that_write_one_file_are_an_error(tmp_path):
     file = tmp_path / "labels.csv"
     first = LabelsFile(file, NAMES, EXITS, "key")

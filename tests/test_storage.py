@@ -88,7 +88,9 @@ def test_a_loaded_model_can_be_fitted_again_from_the_saved_weights(digits, tmp_p
         spec = EncoderSpec("ssl_exit.demo:digits_encoder")
         c = ExitClusterer(spec, max_disagreement=0.2, confidence=0.5, progress=False, device="cpu").fit(digits[:900])
     c.save(tmp_path / "model")
-    again = load(tmp_path / "model", device="cpu").fit(digits[:900])
+    loaded = load(tmp_path / "model", device="cpu")
+    assert loaded.exits == "auto"  # and not the exits that were found
+    again = loaded.fit(digits[:900])
     np.testing.assert_array_equal(again.predict_full(digits[900:]), c.predict_full(digits[900:]))
 
 
@@ -118,6 +120,12 @@ def test_a_model_is_replaced_whole_and_other_folders_are_left_alone(clusterer, m
     with pytest.raises(InputError, match="exists and is not just a model"):
         clusterer.save(other)
     assert (other / "chapter1.tex").read_text() == "years of work"
+    weights = tmp_path / "trained"  # of the name that weights in a model have
+    weights.mkdir()
+    (weights / storage.WEIGHTS).write_bytes(b"a week of training")
+    with pytest.raises(InputError, match="exists and is not just a model"):
+        clusterer.save(weights)
+    assert (weights / storage.WEIGHTS).read_bytes() == b"a week of training"
     (model / "labels.csv").write_text("mine")
     with pytest.raises(InputError, match="exists and is not just a model"):
         clusterer.save(model)
@@ -148,8 +156,8 @@ def damage(model, name, change):
         ("model.json", lambda b: b[:200], "cannot be read"),
         ("model.json", lambda b: b"[]", "names no format"),
         ("model.json", lambda b: b.replace(b'"disagreements": ', b'"disagreements": 1'), "was changed"),
-        ("model.json", lambda b: b.replace(b'"format": 4', b'"format": 99'), "format 99.*upgrade"),
-        ("model.json", lambda b: b.replace(b'"format": 4', b'"format": 1'), "reads format 4: fit it again"),
+        ("model.json", lambda b: b.replace(b'"format": 5', b'"format": 99'), "format 99.*upgrade"),
+        ("model.json", lambda b: b.replace(b'"format": 5', b'"format": 1'), "reads format 5: fit it again"),
     ],
 )
 def test_damaged_tampered_and_newer_models_are_refused(model, name, change, message):

@@ -10,7 +10,15 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, SequentialSampler, default_collate
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    default_collate,
+)
 
 from ssl_exit.data.preprocessing import Preprocessing
 from ssl_exit.errors import InputError
@@ -117,20 +125,24 @@ class FolderImages(Dataset):
         index = {name: i for i, name in enumerate(self.classes)}
         return np.array([index[Path(path).parts[0]] for path in self.paths])
 
-    def __getitem__(self, index: int) -> Tensor | str:
+    def __getitem__(self, index: int) -> "Tensor | Unreadable":
         """The preprocessed image, (C, size, size) float, or the reason why it cannot be read."""
         return self._read(index, self.preprocessing)
 
-    def pixels(self, index: int) -> Tensor | str:
+    def pixels(self, index: int) -> "Tensor | Unreadable":
         """The same, neither scaled nor standardised: (C, size, size) uint8, or the reason why it cannot be read."""
         return self._read(index, self.preprocessing.pixels)
 
-    def _read(self, index: int, how: Callable[[Image.Image], Tensor]) -> Tensor | str:
+    def _read(self, index: int, how: Callable[[Image.Image], Tensor]) -> "Tensor | Unreadable":
         try:
             with Image.open(self.folder / self.paths[index]) as image:
                 return how(image)
         except Exception as error:  # decoders raise whatever a damaged file leads them to
-            return f"{type(error).__name__}: {error}"
+            return Unreadable(f"{type(error).__name__}: {error}")
+
+
+class Unreadable(str):
+    """The reason why an image cannot be read, in its place."""
 
 
 class _TensorSource:
@@ -166,6 +178,7 @@ class _DatasetSource:
             sampler=map(int, order),  # a list of a million takes 36 MB
             num_workers=self.num_workers,
             collate_fn=_Collate(self.collate, self.preprocessing),
+            generator=torch.Generator(),  # it would draw from the global one
         )
         yield from loader
 
@@ -195,8 +208,8 @@ class _Collate:
         self.collate, self.preprocessing = collate, preprocessing
 
     def __call__(self, items: list[tuple[int, Any]]) -> Batch:
-        skipped = {index: image for index, image in items if isinstance(image, str)}
-        good = [(index, image) for index, image in items if not isinstance(image, str)]
+        skipped: dict[int, str] = {index: image for index, image in items if isinstance(image, Unreadable)}
+        good = [(index, image) for index, image in items if not isinstance(image, Unreadable)]
         indices = torch.tensor([index for index, _ in good], dtype=torch.int64)
         if not good:
             return Batch(indices, torch.empty(0), skipped)
@@ -210,7 +223,9 @@ class _Collate:
     @staticmethod
     def _stack(images: list[Any]) -> Any:
         if not all(isinstance(image, Tensor) for image in images):
-            raise InputError(f"a dataset must give tensors or PIL images; got {type(images[0]).__name__}")
+            raise InputError(
+                f"a dataset must give tensors or PIL images, or tuples that begin with one; got {images[0]!r:.80}"
+            )
         shapes = {tuple(image.shape) for image in images}
         if len(shapes) > 1:
             raise InputError(f"images of one batch differ in shape: {sorted(shapes)}; resize them in the dataset")
@@ -220,10 +235,12 @@ class _Collate:
 def _loader_source(loader: DataLoader, preprocessing: Preprocessing | None) -> _DatasetSource:
     if isinstance(loader.dataset, IterableDataset):
         raise InputError("a loader over an IterableDataset has no positions; give a map-style Dataset")
-    if not isinstance(loader.sampler, (SequentialSampler, RandomSampler)):
+    plain = loader.batch_sampler is None or type(loader.batch_sampler) is BatchSampler
+    sampler = getattr(loader.batch_sampler, "sampler", loader.sampler) if plain else loader.batch_sampler
+    if not isinstance(sampler, (SequentialSampler, RandomSampler)):
         raise InputError(
-            f"a loader with a {type(loader.sampler).__name__} chooses its own images; give torch.utils.data.Subset of "
-            "the dataset instead"
+            f"a loader with a {type(sampler).__name__} chooses its own images; give torch.utils.data.Subset of the "
+            "dataset instead"
         )
     return _DatasetSource(loader.dataset, preprocessing, loader.num_workers, loader.collate_fn)
 

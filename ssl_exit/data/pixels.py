@@ -3,6 +3,7 @@
 import os
 import warnings
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -71,7 +72,8 @@ class PixelsInMemory(Pixels):
 class PixelsOnDisk(Pixels):
     """A folder of images, decoded whenever they are asked for.
 
-    An image that cannot be read is replaced, in its place, by another of the batch; a warning says so once.
+    An image that cannot be read is replaced, in its place, by another of the batch or, where there is none, by the
+    folder's first that can be read; a warning says so once.
 
     Args:
         folder: the images.
@@ -90,12 +92,23 @@ class PixelsOnDisk(Pixels):
         good = [(i, x) for i, x in read if isinstance(x, Tensor)]
         bad = next((i for i, x in read if isinstance(x, str)), None)
         if not good:
-            raise InputError(f"none of a batch of {len(read)} images can be read, the first because of {read[0][1]}")
+            good = [self._stand_in]
         if bad is not None and not self.warned:
             self.warned = True
             warnings.warn(f"{self.folder.paths[bad]} cannot be read; others stand in for such images", stacklevel=2)
         whole = [(i, x) if isinstance(x, Tensor) else good[0] for i, x in read]
         return torch.tensor([i for i, _ in whole]), torch.stack([x for _, x in whole])
+
+    @cached_property
+    def _stand_in(self) -> tuple[int, Tensor]:
+        """The first image that can be read."""
+        reason = ""
+        for i in range(len(self.folder)):
+            pixels = self.folder.pixels(i)
+            if isinstance(pixels, Tensor):
+                return i, pixels
+            reason = reason or f"{self.folder.paths[i]}: {pixels}"
+        raise InputError(f"none of the {len(self.folder)} images in {str(self.folder.folder)!r} can be read, {reason}")
 
     def batches(self, positions: np.ndarray, batch_size: int) -> Iterator[Tensor]:
         order = [positions[at : at + batch_size] for at in range(0, len(positions), batch_size)]

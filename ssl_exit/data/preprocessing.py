@@ -1,15 +1,20 @@
 """From a decoded image to the tensor an encoder expects; saved with every model."""
 
+import json
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
 from ssl_exit.errors import InputError
+
+METADATA = "preprocessing"  # key in the metadata of a weights file
 
 
 @dataclass(frozen=True)
@@ -88,3 +93,15 @@ class Preprocessing:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def trained_with(weights: str | None) -> Preprocessing | None:
+    """What images an encoder was trained on, where its weights file says so, as those of `ssl-exit train` do."""
+    if weights is None or not weights.endswith(".safetensors") or not Path(weights).is_file():
+        return None
+    try:
+        with safe_open(weights, "pt") as file:
+            found = (file.metadata() or {}).get(METADATA)
+    except SafetensorError:  # whoever reads the weights says so
+        return None
+    return Preprocessing(**json.loads(found)) if found else None

@@ -58,14 +58,20 @@ def _moved(batch: Batch, by: int) -> Batch:
     return replace(batch, indices=batch.indices + by, skipped=skipped)
 
 
-def warn_of_skipped(skipped: dict[int, str], source: ImageSource) -> None:
-    """One warning, to the caller of the caller, that names one of the images that could not be used."""
+def warn_of_skipped(skipped: dict[int, str], source: ImageSource, listed: str = "") -> None:
+    """One warning, to the caller of the caller, that names one of the images that could not be used.
+
+    Args:
+        skipped: position and reason of each.
+        source: of the images.
+        listed: where a user finds all of them.
+    """
     if skipped:
         position, reason = next(iter(skipped.items()))
         which = name_of(source, position)
         warnings.warn(
-            f"{len(skipped)} of {len(source)} images could not be used, such as {which} ({reason}); all are listed in "
-            "`skipped`",
+            f"{len(skipped)} of {len(source)} images could not be used, such as {which} ({reason})"
+            + (f"; {listed} lists all" if listed else ""),
             stacklevel=3,
         )
 

@@ -135,7 +135,7 @@ def trace(encoder: nn.Module | Sequence[nn.Module], example: Tensor) -> TracedEn
         graph, names = _symbolic_graph(root)
         dependent = _depends_on_images(graph)
         module = fx.GraphModule(root, graph)
-        two, three = (_Meter(module).measure(example[:1].expand(n, *example.shape[1:])) for n in (2, 3))
+        two, three = (_Meter(module).measure(example[:1].expand(n, *example.shape[1:]).clone()) for n in (2, 3))
     macs = sum(flops for _, flops in two.values()) // 4  # a multiply-add is two operations, and two images ran
     spent = 0
     points, nodes = [], []

@@ -90,7 +90,7 @@ class FinalClusters(Final):
     def fit(cls, features: Tensor, n_clusters: int, *, spherical: bool, seed: int) -> "FinalClusters":
         """Cluster final features, (N, D), which must be finite (see `kmeans`)."""
         points = F.normalize(features, dim=1) if spherical else features
-        centroids, _ = kmeans(points.numpy(), n_clusters, spherical=spherical, seed=seed)
+        centroids = kmeans(points.numpy(), n_clusters, spherical=spherical, seed=seed)
         return cls(torch.from_numpy(centroids), spherical)
 
     @property

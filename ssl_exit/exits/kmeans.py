@@ -15,8 +15,7 @@ def kmeans(
     restarts: int = 5,
     iterations: int = 50,
     seed: int = 0,
-    weights: np.ndarray | None = None,
-) -> tuple[np.ndarray, float]:
+) -> np.ndarray:
     """Lloyd's k-means on all of `x`; of several starts the best objective wins.
 
     FAISS refills a cluster that runs empty by splitting a large one, so every centroid is used.
@@ -28,13 +27,12 @@ def kmeans(
         restarts: independent starts.
         iterations: Lloyd steps a start.
         seed: of the first start; the others follow.
-        weights: how much each point counts, (N,).
 
     Returns:
-        Centroids, (K, D) float32, and the inertia: the (weighted) sum of squared distances to the nearest.
+        Centroids, (K, D) float32.
 
     Raises:
-        InputError: more clusters than points, or points or weights that are not finite.
+        InputError: more clusters than points, or points that are not finite.
     """
     x = np.ascontiguousarray(x, dtype=np.float32)
     if not 1 <= n_clusters <= len(x):
@@ -44,10 +42,6 @@ def kmeans(
         )
     if not np.isfinite(x).all():
         raise InputError("k-means needs finite points; remove those that are NaN or infinite")
-    if weights is not None:
-        weights = np.ascontiguousarray(weights, dtype=np.float32)
-        if weights.shape != (len(x),) or not np.isfinite(weights).all() or weights.min() < 0 or weights.sum() == 0:
-            raise InputError(f"weights must be {len(x)} finite numbers >= 0, not all 0; got shape {weights.shape}")
     clustering = faiss.Kmeans(
         x.shape[1],
         n_clusters,
@@ -58,12 +52,10 @@ def kmeans(
         min_points_per_centroid=1,
         max_points_per_centroid=len(x),  # never subsample: which points were seen is the caller's choice
     )
-    clustering.train(x, weights=weights)
+    clustering.train(x)
     centroids = clustering.centroids
     assert centroids is not None
-    squared, _ = faiss.knn(x, centroids, 1)
-    inertia = float(np.sum(squared[:, 0] * (1 if weights is None else weights), dtype=np.float64))
-    return centroids, inertia
+    return centroids
 
 
 def match_clusters(counts: np.ndarray) -> np.ndarray:

@@ -20,7 +20,7 @@ class KMeansRule(ExitRule):
 
     def fit(self, training: Training) -> None:
         sample, labels = training.sample, training.labels
-        centroids, _ = kmeans(sample.numpy(), self.n_clusters, seed=training.seed)
+        centroids = kmeans(sample.numpy(), self.n_clusters, seed=training.seed)
         own = squared_distances(sample, torch.from_numpy(centroids)).argmin(1)
         final_of = match_clusters(_joint_counts(own, labels, self.n_clusters, self.n_clusters))
         self.centroids[torch.from_numpy(final_of)] = torch.from_numpy(centroids)
@@ -54,7 +54,7 @@ class PrototypesRule(ExitRule):
     def fit(self, training: Training) -> None:
         sample, labels = training.sample, training.labels
         n = max(1, min(len(self.centroids), len(sample) // 10))
-        centroids, _ = kmeans(sample.numpy(), n, restarts=1, iterations=20, seed=training.seed)
+        centroids = kmeans(sample.numpy(), n, restarts=1, iterations=20, seed=training.seed)
         own = squared_distances(sample, torch.from_numpy(centroids)).argmin(1)
         counts = _joint_counts(own, labels, n, self.n_clusters)
         prior = np.bincount(labels, minlength=self.n_clusters) + 1.0

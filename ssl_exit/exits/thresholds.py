@@ -101,10 +101,12 @@ def threshold_path(
         best = _best_thresholds(recorded, loss, costs, price, best, groups)
         knots.append(best)
     knots.append(np.zeros((e, n_clusters)))
-    odds = [_log_odds(knot) for knot in knots]
-    path = [(1 - u) * a + u * b for a, b in pairwise(odds) for u in np.arange(between) / between]
-    settings = [_from_log_odds(z) for z in path]
-    return np.stack([*settings, knots[-1]]).astype(np.float32)
+    path = np.empty((between * (len(knots) - 1) + 1, e, n_clusters), dtype=np.float32)
+    parts = ((a, b, u) for a, b in pairwise(map(_log_odds, knots)) for u in np.arange(between) / between)
+    for i, (a, b, u) in enumerate(parts):
+        path[i] = _from_log_odds((1 - u) * a + u * b)
+    path[-1] = knots[-1]
+    return path
 
 
 def foretold_agreement(recorded: Recorded) -> np.ndarray:

@@ -1,7 +1,7 @@
 """What early exit did to a set of images: agreement, cost, and where images left."""
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -146,8 +146,9 @@ def evaluate(
             warm = True
         steps = {"early": run.push, "full": whole}
         for name in list(steps)[:: 1 if i % 2 else -1]:  # take turns at going first
+            own_copy = replace(batch, images=batch.images.clone())  # an encoder may change its images in place
             start = now(device)
-            steps[name](batch)
+            steps[name](own_copy)
             seconds[name] += now(device) - start
         if exact is not None and len(batch.indices):
             with torch.inference_mode():

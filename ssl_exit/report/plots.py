@@ -3,11 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
 import numpy as np
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 
 from ssl_exit.measure.evaluation import Evaluation
 
@@ -27,7 +24,7 @@ def plot_exits(
         title: one line over all.
     """
     rows = [(e, row) for e, row in enumerate(evaluation.exits) if row.share > 0]
-    fig = plt.figure(figsize=(12, max(3.4, 0.62 * len(rows) + 1.2)), layout="constrained")
+    fig = Figure(figsize=(12, max(3.4, 0.62 * len(rows) + 1.2)), layout="constrained")
     left, right = np.asarray(fig.subfigures(1, 2, width_ratios=[1.5, 1]))
     axes = np.atleast_2d(left.subplots(len(rows), PER_EXIT))
     for line, (e, row) in zip(axes, rows, strict=True):
@@ -51,4 +48,3 @@ def plot_exits(
     ax.legend(loc="lower right", fontsize=8)
     fig.suptitle(title, fontsize=11)
     fig.savefig(file, dpi=130)
-    plt.close(fig)

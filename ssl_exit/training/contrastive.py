@@ -51,6 +51,7 @@ class _Contrastive(ExitTraining):
             raise InputError(
                 f"exit_weight must be >= 0, hidden and projection >= 1; got {exit_weight}, {hidden} and {projection}"
             )
+        self.options = {"exit_weight": exit_weight, "hidden": hidden, "projection": projection}
         self.exit_weight, self.projection = exit_weight, projection
         exits = [d.dim for d in self.tapped.descriptors] if exit_weight else []
         self.ends = list(accumulate(exits, initial=0))
@@ -89,6 +90,7 @@ class SimCLR(_Contrastive):
 
     def __init__(self, *common: Any, temperature: float = 0.5, **options: Any) -> None:
         super().__init__(*common, **options)
+        self.options["temperature"] = temperature
         self.criterion = contrastive_loss(temperature)
 
     def losses(self, given: Tensor, views: Sequence[Tensor]) -> dict[str, Tensor]:
@@ -131,6 +133,7 @@ class MoCo(_Contrastive):
             raise InputError(
                 f"key_momentum must lie in [0, 1), bank and groups be >= 1; got {key_momentum}, {bank} and {groups}"
             )
+        self.options |= {"temperature": temperature, "key_momentum": key_momentum, "bank": bank, "groups": groups}
         self.key_momentum, self.groups = key_momentum, groups
         self.key_tapped, self.key_heads = frozen_copy(self.tapped), frozen_copy(self.heads)
         self.criteria = nn.ModuleList(contrastive_loss(temperature, (bank, self.projection)) for _ in self.heads)

@@ -116,6 +116,8 @@ class SelfDistillation(ExitTraining):
         self.n_clusters, self.rounds, self.exit_loss = n_clusters, rounds, exit_loss
         if not 0 <= mutual < 1:
             raise InputError(f"mutual must lie in [0, 1); got {mutual}")
+        self.options = counts | above | weights | {"exit_loss": exit_loss, "mutual": mutual, "mirror": mirror}
+        self.options["temperature"] = temperature
         self.mutual = mutual
         self.neighbours, self.sharpness = neighbours, sharpness
         self.final_temperature = final_temperature
@@ -186,7 +188,7 @@ class SelfDistillation(ExitTraining):
             buffer.copy_(self._shared(buffer))
         few = np.random.default_rng(self.seed).permutation(self.positions)[: max(10_000, CLUSTERED * self.n_clusters)]
         features = torch.cat([one.cpu() for one in self._teach(few)])
-        centroids, _ = kmeans(features.numpy(), self.n_clusters, spherical=True, seed=self.seed)
+        centroids = kmeans(features.numpy(), self.n_clusters, spherical=True, seed=self.seed)
         found = torch.from_numpy(centroids)
         if not first:
             before, now = ((features @ c.T).argmax(1).numpy() for c in (self.centroids.cpu(), found))

@@ -67,6 +67,7 @@ class ExitTraining(pl.LightningModule):
         preprocessing: whose mean and deviation standardise views; also the size of images that are decoded.
         optimization: how parameters are updated.
         n_views: drawn of every image.
+        options: of the method, by name; a checkpoint is gone on with only where they are the same.
 
     Raises:
         InputError: an encoder that cannot be trained (see `check_trainable`).
@@ -85,6 +86,7 @@ class ExitTraining(pl.LightningModule):
         check_trainable(tapped)
         self.tapped = tapped
         self.views, self.preprocessing, self.optimization = views, preprocessing, optimization
+        self.options: dict[str, Any] = {}
 
     @property
     def stepped(self) -> list[TappedEncoder]:

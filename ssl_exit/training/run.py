@@ -2,6 +2,7 @@
 
 import errno
 import io
+import json
 import logging
 import signal
 import sys
@@ -9,6 +10,7 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, is_dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -73,7 +75,7 @@ def train(
         batch_size: images a step, of all devices together.
         out: folder for checkpoints and logs; None writes nothing.
         resume: go on from the newest checkpoint in `out`.
-        settings: saved with each checkpoint, and compared when resuming.
+        settings: saved with each checkpoint and compared when resuming, beside those of `module` and these arguments.
         monitor_share: of the images, kept out of training to see how well nearest neighbours classify them; used if
             the images have classes.
         monitor_every: epochs between two looks.
@@ -103,6 +105,7 @@ def train(
     if resume and out is None:
         raise InputError("resume needs a folder with checkpoints: give out")
     kind = _checked_devices(device, devices, batch_size)
+    newest = newest_checkpoint(out, resume) if out else None
     pixels = data if isinstance(data, Pixels) else open_pixels(data, module.preprocessing, num_workers, devices)
     order = np.random.default_rng(seed).permutation(len(pixels))
     held = order[: round(monitor_share * len(order)) if pixels.targets is not None else 0]
@@ -112,6 +115,7 @@ def train(
             f"{len(positions)} images do not fill one batch of {batch_size}; lower batch_size or give more images"
         )
     settings = (settings or {}) | {"seed": seed, "batch_size": batch_size, "epochs": epochs, "images": len(pixels)}
+    settings |= {"monitor_share": monitor_share} | _settings_of(module)
     channels = pixels[positions[:1]][1].shape[1]
     if channels != len(module.preprocessing.mean):
         raise InputError(
@@ -119,7 +123,8 @@ def train(
             "channel"
         )
     progress = progress and sys.stdout.isatty()
-    newest = find_checkpoint(out, resume, settings) if out else None
+    if newest is not None:
+        check_settings(newest, settings)
     begun = 0 if newest is None else epoch_of(newest) + 1
     callbacks: list[pl.Callback] = [_Guard(settings, seed, out)]
     if len(held):
@@ -206,30 +211,48 @@ def _checkpoints(out: Path) -> ModelCheckpoint:
     )
 
 
-def find_checkpoint(out: Path, resume: bool, settings: dict[str, Any]) -> Path | None:
+def _settings_of(module: ExitTraining) -> dict[str, Any]:
+    """How a module trains, as JSON has it."""
+    found: dict[str, Any] = {
+        "method": type(module).__name__,
+        "options": module.options,
+        "optimization": asdict(module.optimization),
+        "preprocessing": module.preprocessing.to_dict(),
+    }
+    if is_dataclass(module.views):
+        found["views"] = repr(module.views)
+    return json.loads(json.dumps(found, default=str))
+
+
+def newest_checkpoint(out: Path, resume: bool) -> Path | None:
     """The newest checkpoint in a folder, or None where training begins.
 
     Raises:
-        InputError: there are checkpoints and `resume` is not asked for; or the newest is damaged, or was written with
-            other settings.
+        InputError: there are checkpoints and `resume` is not asked for.
     """
     found = checkpoints_in(out)
-    if not found:
-        return None
-    if not resume:
+    if found and not resume:
         raise InputError(f"{str(out)!r} holds a training already; resume it, or give a new folder")
-    newest = found[-1]
+    return found[-1] if found else None
+
+
+def check_settings(newest: Path, settings: dict[str, Any]) -> None:
+    """Refuse a checkpoint that training cannot go on from.
+
+    Raises:
+        InputError: it is damaged, or was written with other settings.
+    """
     try:
         saved = torch.load(newest, map_location="cpu", weights_only=True)["ssl_exit"]
     except Exception as error:  # whatever a damaged file leads torch to
-        older = f", to resume from {found[-2].name}" if len(found) > 1 else ", to start again"
+        others = [path for path in checkpoints_in(newest.parent.parent) if path != newest]
+        older = f", to resume from {others[-1].name}" if others else ", to start again"
         raise InputError(
             f"checkpoint {str(newest)!r} cannot be read ({str(error).splitlines()[0]}); delete it{older}"
         ) from error
     differ = [f"{k}: {saved.get(k)!r} then, {v!r} now" for k, v in settings.items() if saved.get(k) != v]
     if differ:
         raise InputError(f"checkpoint {str(newest)!r} was written with other settings: {'; '.join(differ)}")
-    return newest
 
 
 def checkpoints_in(out: Path) -> list[Path]:

@@ -112,6 +112,7 @@ class Stream(IterableDataset):
         ("no/such/folder", RGB, "is not a folder"),
         (DataLoader(Stream()), None, "IterableDataset"),
         (DataLoader(TensorDataset(torch.zeros(4, 1)), sampler=WeightedRandomSampler([1.0] * 4, 4)), None, "Subset"),
+        (DataLoader(TensorDataset(torch.zeros(4, 1)), batch_sampler=[[0, 1]]), None, "a loader with a list chooses"),
     ],
 )
 def test_wrong_data_is_refused(data, preprocessing, message):
@@ -131,7 +132,8 @@ def test_empty_folder_and_missing_preprocessing(tmp_path):
     [
         ([torch.zeros(3, 8, 8), torch.zeros(3, 9, 8)], "differ in shape"),
         ([torch.zeros(3), torch.zeros(3)], r"must be a tensor, \(N, C, H, W\)"),
-        ([np.zeros((3, 8, 8))], "tensors or PIL images; got ndarray"),
+        ([np.zeros((3, 8, 8))], r"tensors or PIL images.*; got array\("),
+        (["a.jpg", "b.jpg"], "tensors or PIL images.*; got 'a.jpg'"),
         ([Image.new("L", (8, 8))], "need a preprocessing"),
     ],
 )

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ssl_exit.data import pixels as module
+from ssl_exit.data.images import FolderImages
 from ssl_exit.data.pixels import EpochOrder, PixelsInMemory, PixelsOnDisk, digits_pixels, open_pixels
 from ssl_exit.data.preprocessing import Preprocessing
 from ssl_exit.errors import InputError
@@ -42,8 +43,10 @@ def test_unreadable_images_are_left_out_or_replaced(image_folder, monkeypatch):
     assert positions.tolist() == [0, 0, 2]  # in its place: the others keep theirs
     assert torch.equal(images[0], images[1])
     assert torch.equal(images[2], memory[[1]][1][0])
-    with pytest.raises(InputError, match="none of a batch of 1"):
-        open_pixels(image_folder, SMALL)[[1]]
+    with pytest.warns(UserWarning, match="others stand in"):  # where the batch has none, the folder's first
+        positions, images = open_pixels(image_folder, SMALL)[[1]]
+    assert positions.tolist() == [0]
+    assert torch.equal(images, memory[[0]][1])
 
 
 @pytest.mark.parametrize("share", [0, 0.25])
@@ -67,6 +70,8 @@ def test_a_folder_of_unreadable_images_is_an_error(image_folder):
         file.write_bytes(b"no image")
     with pytest.raises(InputError, match="none of the 60 images"):
         open_pixels(image_folder, SMALL)
+    with pytest.raises(InputError, match="none of the 60 images"):
+        PixelsOnDisk(FolderImages(image_folder, SMALL))[[0, 1]]
 
 
 @pytest.mark.parametrize(

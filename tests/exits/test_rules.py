@@ -24,7 +24,7 @@ from ssl_exit.exits.statistics import ClusterStatistics
 def data():
     """Descriptors and "final clusters" with structure: digits, and k-means of them; 1,200 to fit, 597 unseen."""
     x = torch.tensor(load_digits().data, dtype=torch.float32)
-    centroids, _ = kmeans(x.numpy(), 10)
+    centroids = kmeans(x.numpy(), 10)
     labels = torch.cdist(x, torch.from_numpy(centroids)).argmin(1)
     noisy = x + torch.randn(x.shape, generator=torch.Generator().manual_seed(0)) * 2
     return noisy[:1200], labels[:1200], noisy[1200:], labels[1200:]

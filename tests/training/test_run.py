@@ -6,12 +6,14 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from ssl_exit import load
 from ssl_exit.cli import main
 from ssl_exit.data.preprocessing import Preprocessing
 from ssl_exit.demo import digits_encoder
@@ -22,7 +24,7 @@ from ssl_exit.training.logs import read_curve
 from ssl_exit.training.methods import build_training
 from ssl_exit.training.module import Optimization
 from ssl_exit.training.monitor import knn_accuracy_predictions
-from ssl_exit.training.run import find_checkpoint, seeded, train
+from ssl_exit.training.run import newest_checkpoint, seeded, train
 
 COMMON = ["--encoder", "ssl_exit.demo:digits_encoder", "--data", "digits", "--size", "8", "--mean", "[0.0]"]
 COMMON += ["--std", "[1.0]", "--views", "drawing", "--optimizer", "adamw", "--learning-rate", "0.002"]
@@ -119,14 +121,17 @@ def test_images_that_workers_fetch_ahead_come_in_the_same_order_after_a_stop(tmp
 
 def test_what_it_writes_can_be_fitted_and_says_how_near_neighbours_are(tmp_path, capsys, image_folder):
     main(command(tmp_path / "run", "--epochs", "8", "--monitor-every", "4", "--monitor-share", "0.2"))
-    assert "1797 images, 8 epochs; encoder written to" in capsys.readouterr().out
+    assert "8 epochs; encoder written to" in capsys.readouterr().out
     steps, accuracies = zip(*read_curve(tmp_path / "run", "knn"), strict=True)
     assert len(steps) == 2
     assert 0.7 < accuracies[-1] <= 1
     data = ["--data", str(image_folder), "--out", str(tmp_path / "model")]
     weights = ["--weights", str(tmp_path / "run" / "encoder.safetensors")]
-    main(["fit", *COMMON[:2], *COMMON[4:10], *weights, *data, "--n-clusters", "4"])
-    assert (tmp_path / "model" / "model.json").exists()
+    main(["fit", *COMMON[:2], *weights, *data, "--n-clusters", "4"])
+    model = load(tmp_path / "model", device="cpu")
+    assert model.preprocessing == Preprocessing(8, (0.0,), (1.0,))  # as in training
+    with pytest.warns(UserWarning, match="were trained with .*size=8.* used with .*size=16"):
+        main(["fit", *COMMON[:2], *weights, *data[:2], "--out", str(tmp_path / "other"), "--size", "16"])
 
 
 def test_a_folder_with_training_is_not_written_over_nor_resumed_with_other_settings(tmp_path, capsys):
@@ -140,6 +145,20 @@ def test_a_folder_with_training_is_not_written_over_nor_resumed_with_other_setti
             main(command(tmp_path, *more))
         assert stop.value.code == 2
         assert message in capsys.readouterr().err
+
+
+def test_other_hyperparameters_are_not_gone_on_with_in_python_either(tmp_path, digits):
+    given = {"epochs": 1, "batch_size": 50, "out": tmp_path, "progress": False}
+    train(module_of(digits), digits[:100], **given)
+    train(module_of(digits), digits[:100], **given, resume=True)
+    other = module_of(digits)
+    other.optimization = replace(other.optimization, learning_rate=5.0)
+    with pytest.raises(InputError, match="other settings: optimization"):
+        train(other, digits[:100], **given, resume=True)
+    other = module_of(digits)
+    other.options["temperature"] = 0.9
+    with pytest.raises(InputError, match="other settings: options"):
+        train(other, digits[:100], **given, resume=True)
 
 
 def test_a_damaged_checkpoint_is_named_with_the_one_to_resume_from(tmp_path, capsys):
@@ -210,7 +229,7 @@ def test_what_cannot_be_run(digits, options, message):
 
 
 def test_a_run_killed_before_its_first_checkpoint_begins_again(tmp_path):
-    assert find_checkpoint(tmp_path, True, {}) is None
+    assert newest_checkpoint(tmp_path, True) is None
 
 
 def test_neighbours_name_classes_as_a_slow_vote_does():
