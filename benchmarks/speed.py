@@ -46,7 +46,7 @@ CALLS = 5  # for every single image
 ENCODERS = {  # pixels a side, images a batch, images in all, single images timed
     "resnet20_cifar": (32, 256, 8192, 300),
     "resnet18_cifar": (32, 128, 1024, 200),
-    "mobilenet_v3_large": (224, 32, 384, 200),
+    "mobilenet_v3_large": (224, 32, 1024, 200),
     "timm:vit_small_patch16_224": (224, 16, 96, 40),
 }
 GPU = {"resnet50": (224, 128, 8192, 300), "timm:vit_base_patch16_224": (224, 128, 8192, 300)}
