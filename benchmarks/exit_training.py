@@ -7,6 +7,7 @@ ResNet-20 on the 50,000 CIFAR-10 training images (re-encoded as JPEG), K = 10, n
     simclr          plain SimCLR
     simclr+exits    the contrastive loss at the exits too
     simclr+exits+distilled   then self-distillation onto the final clusters
+    simclr+distilled         self-distillation without the loss at the exits
     moco, moco+exits, moco+exits+distilled   likewise
     shared, shared+distilled   a given SimCLR encoder (36 epochs) instead of one trained here
 
@@ -50,6 +51,7 @@ ARMS = (
     "simclr",
     "simclr+exits",
     "simclr+exits+distilled",
+    "simclr+distilled",
     "moco",
     "moco+exits",
     "moco+exits+distilled",

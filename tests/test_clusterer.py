@@ -225,16 +225,24 @@ def test_wrong_images_and_unfitted_use_are_refused(encoder, rgb_digits):
         next(c.stream(rgb_digits[:10], -5))
 
 
-def test_an_encoder_may_change_its_images_in_place(rgb_digits):
+@pytest.mark.parametrize("rewritten", [True, False])
+def test_an_encoder_may_change_its_images_in_place(rgb_digits, rewritten):
     """As one that begins with nn.ReLU(inplace=True): both ways see the images as they were given."""
 
     class Shift(nn.Module):
         def forward(self, x):
             return x.add_(0.3).frac_()
 
-    encoder = nn.Sequential(Shift(), untrained("resnet20", rgb_digits))
+    class Strided(nn.Module):
+        def forward(self, x):
+            return x.view(x.shape[0], -1)  # no channels last: images are not copied into it
+
+    body = untrained("resnet20", rgb_digits)
+    maps = [body.conv1, body.bn1, nn.ReLU(), body.layer1, body.layer2, body.layer3]
+    encoder = nn.Sequential(Shift(), body) if rewritten else nn.Sequential(Shift(), *maps, Strided())
     images, before = rgb_digits[:500], rgb_digits[:500].clone()
     c = clusterer(encoder).fit(images)
+    assert (c.cascade_.tapped.layout == torch.channels_last) == rewritten
     found = c.evaluate(images[400:], [0] * 100)  # a list of targets is as good as an array
     np.testing.assert_array_equal(found.full_labels, c.predict_full(images[400:]))
     np.testing.assert_array_equal(found.result.labels, c.predict(images[400:]))

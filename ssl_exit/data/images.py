@@ -178,7 +178,7 @@ class _DatasetSource:
             sampler=map(int, order),  # a list of a million takes 36 MB
             num_workers=self.num_workers,
             collate_fn=_Collate(self.collate, self.preprocessing),
-            generator=torch.Generator(),  # it would draw from the global one
+            generator=torch.Generator().set_state(torch.get_rng_state()),  # as the global one, which stays as it is
         )
         yield from loader
 

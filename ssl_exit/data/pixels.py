@@ -73,16 +73,20 @@ class PixelsOnDisk(Pixels):
     """A folder of images, decoded whenever they are asked for.
 
     An image that cannot be read is replaced, in its place, by another of the batch or, where there is none, by the
-    folder's first that can be read; a warning says so once.
+    first of `stand_ins` that can be read; a warning says so once.
 
     Args:
         folder: the images.
         num_workers: processes that decode in `batches`.
+
+    Attributes:
+        stand_ins: positions of the images that may take another's place, (n,) int64; all, unless set.
     """
 
     def __init__(self, folder: FolderImages, num_workers: int = 0) -> None:
         self.folder, self.targets, self.num_workers = folder, folder.targets, num_workers
         self.warned = False
+        self.stand_ins = np.arange(len(folder))
 
     def __len__(self) -> int:
         return len(self.folder)
@@ -103,12 +107,14 @@ class PixelsOnDisk(Pixels):
     def _stand_in(self) -> tuple[int, Tensor]:
         """The first image that can be read."""
         reason = ""
-        for i in range(len(self.folder)):
+        for i in self.stand_ins.tolist():
             pixels = self.folder.pixels(i)
             if isinstance(pixels, Tensor):
                 return i, pixels
             reason = reason or f"{self.folder.paths[i]}: {pixels}"
-        raise InputError(f"none of the {len(self.folder)} images in {str(self.folder.folder)!r} can be read, {reason}")
+        raise InputError(
+            f"none of the {len(self.stand_ins)} images in {str(self.folder.folder)!r} can be read, {reason}"
+        )
 
     def batches(self, positions: np.ndarray, batch_size: int) -> Iterator[Tensor]:
         order = [positions[at : at + batch_size] for at in range(0, len(positions), batch_size)]

@@ -14,7 +14,7 @@ from torchvision.transforms.v2 import functional as TF
 
 from ssl_exit.errors import InputError
 
-METADATA = "preprocessing"  # key in the metadata of a weights file
+METADATA = "ssl_exit.preprocessing"  # key in the metadata of a weights file
 
 
 @dataclass(frozen=True)
@@ -102,6 +102,6 @@ def trained_with(weights: str | None) -> Preprocessing | None:
     try:
         with safe_open(weights, "pt") as file:
             found = (file.metadata() or {}).get(METADATA)
-    except SafetensorError:  # whoever reads the weights says so
+        return Preprocessing(**json.loads(found)) if found else None
+    except (SafetensorError, TypeError, ValueError):  # whoever reads the weights says what is damaged
         return None
-    return Preprocessing(**json.loads(found)) if found else None

@@ -40,7 +40,7 @@ class ClusterStatistics:
         """Count images in: descriptors, (N, D), and their final clusters, (N,) int64."""
         x, labels = x.cpu() - self.origin.float(), labels.cpu()
         self.counts += torch.bincount(labels, minlength=len(self.counts))
-        self.sums += torch.zeros(self.sums.shape).index_add_(0, labels, x)
+        self.sums.index_add_(0, labels, x.double())
         if self.scatter is not None:
             self.scatter += x.T @ x
 

@@ -9,8 +9,8 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, is_dataclass
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from pytorch_lightning.plugins.io import TorchCheckpointIO
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from ssl_exit.data.pixels import EpochOrder, Pixels, PixelsInMemory, open_pixels
+from ssl_exit.data.pixels import EpochOrder, Pixels, PixelsInMemory, PixelsOnDisk, open_pixels
 from ssl_exit.encoders.compiling import compiled
 from ssl_exit.errors import InputError
 from ssl_exit.memory import kept_memory
@@ -110,6 +110,8 @@ def train(
     order = np.random.default_rng(seed).permutation(len(pixels))
     held = order[: round(monitor_share * len(order)) if pixels.targets is not None else 0]
     positions = np.sort(order[len(held) :])
+    if isinstance(pixels, PixelsOnDisk):
+        pixels.stand_ins = positions
     if len(positions) < batch_size:
         raise InputError(
             f"{len(positions)} images do not fill one batch of {batch_size}; lower batch_size or give more images"
@@ -212,16 +214,20 @@ def _checkpoints(out: Path) -> ModelCheckpoint:
 
 
 def _settings_of(module: ExitTraining) -> dict[str, Any]:
-    """How a module trains, as JSON has it."""
+    """How a module trains: its class, options and the like, as JSON has them; views only where it can."""
     found: dict[str, Any] = {
-        "method": type(module).__name__,
-        "options": module.options,
-        "optimization": asdict(module.optimization),
-        "preprocessing": module.preprocessing.to_dict(),
+        "module": type(module).__name__,
+        "module options": module.options,
+        "module optimization": asdict(module.optimization),
+        "module preprocessing": module.preprocessing.to_dict(),
     }
-    if is_dataclass(module.views):
-        found["views"] = repr(module.views)
-    return json.loads(json.dumps(found, default=str))
+    with suppress(TypeError, AttributeError):
+        found["module views"] = _as_json(asdict(module.views))  # type: ignore[call-overload]
+    return _as_json(found)
+
+
+def _as_json(value: Any) -> Any:
+    return json.loads(json.dumps(value, default=lambda number: number.item()))  # numpy's
 
 
 def newest_checkpoint(out: Path, resume: bool) -> Path | None:

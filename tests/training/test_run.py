@@ -19,7 +19,8 @@ from ssl_exit.data.preprocessing import Preprocessing
 from ssl_exit.demo import digits_encoder
 from ssl_exit.encoders.tapped import TappedEncoder
 from ssl_exit.errors import InputError
-from ssl_exit.training.contrastive import SimCLR
+from ssl_exit.training.contrastive import MoCo, SimCLR
+from ssl_exit.training.distillation import SelfDistillation
 from ssl_exit.training.logs import read_curve
 from ssl_exit.training.methods import build_training
 from ssl_exit.training.module import Optimization
@@ -153,12 +154,17 @@ def test_other_hyperparameters_are_not_gone_on_with_in_python_either(tmp_path, d
     train(module_of(digits), digits[:100], **given, resume=True)
     other = module_of(digits)
     other.optimization = replace(other.optimization, learning_rate=5.0)
-    with pytest.raises(InputError, match="other settings: optimization"):
+    with pytest.raises(InputError, match="other settings: module optimization"):
         train(other, digits[:100], **given, resume=True)
-    other = module_of(digits)
-    other.options["temperature"] = 0.9
-    with pytest.raises(InputError, match="other settings: options"):
-        train(other, digits[:100], **given, resume=True)
+    same = (other.tapped, other.views, other.preprocessing, module_of(digits).optimization)
+    with pytest.raises(InputError, match="other settings: module options"):
+        train(SimCLR(*same, temperature=0.9), digits[:100], **given, resume=True)
+    for one, two in [
+        (SimCLR(*same), SimCLR(*same, exit_weight=1.0)),
+        (MoCo(*same), MoCo(*same, bank=64)),
+        (SelfDistillation(*same), SelfDistillation(*same, mutual=0.5)),
+    ]:
+        assert one.options != two.options
 
 
 def test_a_damaged_checkpoint_is_named_with_the_one_to_resume_from(tmp_path, capsys):
