@@ -1,13 +1,15 @@
 """From held-out images to thresholds in use: temperatures, a path of settings, and the certificate of one of them."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from ssl_exit.cascade import Cascade
-from ssl_exit.data.images import Batch
+from ssl_exit.data.images import Batch, ImageSource
+from ssl_exit.data.reading import name_of
+from ssl_exit.errors import InputError
 from ssl_exit.exits.cbt import cbt_path
 from ssl_exit.exits.certificate import Certificate, certify, close_thin_cells
 from ssl_exit.exits.thresholds import threshold_path, trade_off
@@ -47,6 +49,16 @@ def split_held_out(held: np.ndarray, logits_per_image: int) -> tuple[np.ndarray,
     room = LOGITS_BYTES // (4 * max(1, logits_per_image))
     shaping, certifying = np.split(held, [min(round(SHAPING * len(held)), room)])
     return shaping, certifying
+
+
+def refuse_fitted(skipped: Mapping[int, str], source: ImageSource) -> None:
+    """Raise InputError if any of these images was used in fit()."""
+    again = [position for position, reason in skipped.items() if reason == FITTED]
+    if again:
+        raise InputError(
+            f"{len(again)} of the {len(source)} images were used in fit() already, such as "
+            f"{name_of(source, again[0])}; calibrate on images that fit() did not see"
+        )
 
 
 def work(cascade: Cascade, cost: str) -> tuple[np.ndarray, np.ndarray]:

@@ -12,14 +12,13 @@ import numpy as np
 import torch
 from sklearn.base import BaseEstimator
 from sklearn.exceptions import NotFittedError
-from sklearn.utils.validation import check_is_fitted
 from torch import nn
 
 from ssl_exit.building import build, cut_anew
-from ssl_exit.calibration import FITTED, calibrate, split_held_out, work
+from ssl_exit.calibration import calibrate, refuse_fitted, split_held_out, work
 from ssl_exit.data.images import Batch, ImageData, ImageSource, open_images
 from ssl_exit.data.preprocessing import Preprocessing
-from ssl_exit.data.reading import name_of, parts, read, warn_of_skipped
+from ssl_exit.data.reading import parts, read, warn_of_skipped
 from ssl_exit.drift import DriftAudit
 from ssl_exit.encoders.build import EncoderSpec
 from ssl_exit.encoders.graph import ExitPoint, as_module
@@ -34,7 +33,7 @@ from ssl_exit.fingerprint import SeenImages, fingerprint, module_hash
 from ssl_exit.fitting import first_images
 from ssl_exit.measure.evaluation import Evaluation, evaluate
 from ssl_exit.measure.explanation import Explanation, explain
-from ssl_exit.parameters import check_parameters, checked_classes
+from ssl_exit.parameters import check_parameters, checked_classes, checked_targets
 from ssl_exit.timing import StageTimes
 
 PART = 64  # batches whose results stream() gives at a time
@@ -279,7 +278,7 @@ class ExitClusterer(BaseEstimator):
         """`fit(data, y)`, then `predict(data)`."""
         return self.fit(data, y).predict(data)
 
-    def evaluate(self, data: ImageData, targets: np.ndarray | None = None) -> Evaluation:
+    def evaluate(self, data: ImageData, targets: np.ndarray | Sequence[int] | None = None) -> Evaluation:
         """Early exit beside the whole encoder on the same images: agreement, cost, and metrics.
 
         Args:
@@ -290,10 +289,7 @@ class ExitClusterer(BaseEstimator):
             InputError: images or targets of another shape, or no image that can be used.
         """
         source, batches = self._all(data, "evaluate")
-        if targets is not None:
-            targets = np.asarray(targets)
-            if targets.shape != (len(source),):
-                raise InputError(f"targets must have shape ({len(source)},), one for each image; got {targets.shape}")
+        targets = None if targets is None else checked_targets(targets, len(source))
         device = self.cascade_.thresholds.device
         float32 = self.cascade_.tapped.dtype == torch.float32
         exact = None if float32 else copy.deepcopy(self.encoder_).to(device)
@@ -408,12 +404,8 @@ class ExitClusterer(BaseEstimator):
             max_disagreement=self.max_disagreement,
             confidence=self.confidence,
         )
-        again = [position for position, reason in found.skipped.items() if reason == FITTED]
-        if again and refuse:
-            raise InputError(
-                f"{len(again)} of the {len(source)} images were used in fit() already, such as "
-                f"{name_of(source, again[0])}; calibrate on images that fit() did not see"
-            )
+        if refuse:
+            refuse_fitted(found.skipped, source)
         self.cascade_, self._shaped = found.cascade, found.shaped
         about = fingerprint(self.encoder_, self.cascade_, self.preprocessing, found.images)
         self._certificate = replace(found.certificate, fingerprint=about)
@@ -452,7 +444,5 @@ class ExitClusterer(BaseEstimator):
         return read(source, order, self.batch_size, self.image_shape_, what, self.progress)
 
     def _check_fitted(self) -> None:
-        try:
-            check_is_fitted(self, "cascade_")
-        except NotFittedError:
-            raise NotFittedError("this ExitClusterer is not fitted yet; call fit(data) first") from None
+        if not hasattr(self, "cascade_"):
+            raise NotFittedError("this ExitClusterer is not fitted yet; call fit(data) first")

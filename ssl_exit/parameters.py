@@ -1,6 +1,6 @@
 """Checks of what users pass to ExitClusterer, before anything is computed."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -63,6 +63,14 @@ def checked_classes(y: np.ndarray, n: int, n_classes: int) -> np.ndarray:
             f"{classes.dtype}"
         )
     return classes.astype(np.int64)
+
+
+def checked_targets(targets: np.ndarray | Sequence[int], n: int) -> np.ndarray:
+    """Ground truth of n images, (n,); InputError if there is not one for each."""
+    found = np.asarray(targets)
+    if found.shape != (n,):
+        raise InputError(f"targets must have shape ({n},), one for each image; got {found.shape}")
+    return found
 
 
 def usable_device(name: str) -> torch.device:
