@@ -92,6 +92,10 @@ def open_images(data: ImageData, preprocessing: Preprocessing | None = None, num
     return source
 
 
+class Unreadable(str):
+    """The reason why an image cannot be read, in its place."""
+
+
 class FolderImages(Dataset):
     """The image files below a folder, sorted by path.
 
@@ -125,24 +129,20 @@ class FolderImages(Dataset):
         index = {name: i for i, name in enumerate(self.classes)}
         return np.array([index[Path(path).parts[0]] for path in self.paths])
 
-    def __getitem__(self, index: int) -> "Tensor | Unreadable":
+    def __getitem__(self, index: int) -> Tensor | Unreadable:
         """The preprocessed image, (C, size, size) float, or the reason why it cannot be read."""
         return self._read(index, self.preprocessing)
 
-    def pixels(self, index: int) -> "Tensor | Unreadable":
+    def pixels(self, index: int) -> Tensor | Unreadable:
         """The same, neither scaled nor standardised: (C, size, size) uint8, or the reason why it cannot be read."""
         return self._read(index, self.preprocessing.pixels)
 
-    def _read(self, index: int, how: Callable[[Image.Image], Tensor]) -> "Tensor | Unreadable":
+    def _read(self, index: int, how: Callable[[Image.Image], Tensor]) -> Tensor | Unreadable:
         try:
             with Image.open(self.folder / self.paths[index]) as image:
                 return how(image)
         except Exception as error:  # decoders raise whatever a damaged file leads them to
             return Unreadable(f"{type(error).__name__}: {error}")
-
-
-class Unreadable(str):
-    """The reason why an image cannot be read, in its place."""
 
 
 class _TensorSource:

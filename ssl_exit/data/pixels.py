@@ -3,7 +3,6 @@
 import os
 import warnings
 from collections.abc import Iterator, Sequence
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -103,7 +102,7 @@ class PixelsOnDisk(Pixels):
         whole = [(i, x) if isinstance(x, Tensor) else good[0] for i, x in read]
         return torch.tensor([i for i, _ in whole]), torch.stack([x for _, x in whole])
 
-    @cached_property
+    @property
     def _stand_in(self) -> tuple[int, Tensor]:
         """The first image that can be read."""
         reason = ""

@@ -116,8 +116,8 @@ class SelfDistillation(ExitTraining):
         self.n_clusters, self.rounds, self.exit_loss = n_clusters, rounds, exit_loss
         if not 0 <= mutual < 1:
             raise InputError(f"mutual must lie in [0, 1); got {mutual}")
-        self.options = counts | above | weights | {"exit_loss": exit_loss, "mutual": mutual, "mirror": mirror}
-        self.options["temperature"] = temperature
+        named = {"exit_loss": exit_loss, "mutual": mutual, "mirror": mirror, "temperature": temperature}
+        self.options = counts | above | weights | named
         self.mutual = mutual
         self.neighbours, self.sharpness = neighbours, sharpness
         self.final_temperature = final_temperature

@@ -47,6 +47,8 @@ def test_unreadable_images_are_left_out_or_replaced(image_folder, monkeypatch):
         positions, images = open_pixels(image_folder, SMALL)[[1]]
     assert positions.tolist() == [0]
     assert torch.equal(images, memory[[0]][1])
+    disk.stand_ins = np.array([1, 5])  # or the first of those that may
+    assert disk[[1]][0].tolist() == [5]
 
 
 @pytest.mark.parametrize("share", [0, 0.25])
