@@ -13,7 +13,18 @@ from ssl_exit.data.images import Batch
 from ssl_exit.data.transfer import on_device
 from ssl_exit.encoders.compiling import call_compiled, compile_for_inference, without_compiling
 from ssl_exit.encoders.tapped import TappedEncoder
-from ssl_exit.engine import NOT_FINITE, ExitResult, Plan, Run, Segment, finite_images, not_finite, segments, used_exits
+from ssl_exit.engine import (
+    NOT_FINITE,
+    ExitResult,
+    Plan,
+    Run,
+    Segment,
+    finite_images,
+    not_finite,
+    run_one,
+    segments,
+    used_exits,
+)
 from ssl_exit.exits.across import AcrossExits
 from ssl_exit.exits.final import Final
 from ssl_exit.exits.rules import ExitRule
@@ -125,9 +136,13 @@ class Cascade(nn.Module):
         Returns:
             Labels, exits, scores and cost of every image, in the order of its position.
         """
+        arriving = on_device(batches, self.thresholds.device)
+        if n == 1 < batch_size:
+            (batch,) = arriving
+            return run_one(self, batch, audit is not None and bool(audit[0]))
         with kept_memory() if n > batch_size else nullcontext():
             run = Run(self, n, batch_size, audit)
-            for batch in on_device(batches, self.thresholds.device):
+            for batch in arriving:
                 run.push(batch)
             return run.finish()
 

@@ -254,6 +254,38 @@ class Run:
         return [part[: len(wave)] for part in found] if len(wave) < len(wave.x) else list(found)
 
 
+@torch.inference_mode()
+def run_one(cascade: "Cascade", batch: Batch, audit: bool) -> ExitResult:
+    """What `Run` would find for a single image, without queues: operations as small as these are paid for one by one.
+
+    Args:
+        cascade: not compiled for a batch of one.
+        batch: one image, or none and the reason why.
+        audit: whether it goes on to the end wherever it leaves.
+    """
+    plan, last = cascade.plan(), len(cascade.rules)
+    label, exit_, score, whole = -1, last, float("nan"), -1
+    if len(batch.indices):
+        x = cascade.tapped.enter(batch.images)
+        described = torch.empty(1, 0, device=x.device)
+        carried = cascade.across.begin(1, cascade.final.n_clusters, x.device)
+        for segment in plan.segments:
+            x, described, carried, here, sure, leaves = cascade.call(segment, x, described, carried, compiled=False)
+            if segment.exit is None:
+                whole = int(here)
+            if label < 0 and leaves:
+                label, score, exit_ = int(here), float(sure), last if segment.exit is None else segment.exit
+                if not audit:
+                    break
+        if label < 0 or not finite_images(batch.images):
+            label, exit_, score = -1, last, float("nan")
+    audited = whole if audit and exit_ < last else -1
+    labels = np.array([label])
+    cost = np.array([plan.costs[last if audited >= 0 else exit_] if label >= 0 else np.nan])
+    skipped = batch.skipped | not_finite(labels, batch.skipped)
+    return ExitResult(labels, np.array([exit_]), np.array([score], np.float32), cost, skipped, np.array([audited]))
+
+
 @dataclass(frozen=True)
 class _Wave:
     """Images on their way: the tensor at an exit point, descriptors so far, what exits carry on, and positions.

@@ -97,6 +97,27 @@ def test_a_single_batch_with_an_unreadable_image_goes_straight_through(fitted, t
     assert result.labels[0] == -1
 
 
+@pytest.mark.parametrize("audited", [False, True])
+def test_a_single_image_comes_out_as_among_others(fitted, test_images, audited):
+    """A single image takes a way of its own; in every field it equals the same image in a batch."""
+    images = test_images[:60].clone()
+    images[3, 0, 2, 2] = torch.nan
+    n, audit = len(images) + 1, np.full(len(images) + 1, audited)
+    indices = torch.arange(1, n)
+    together = fitted.cascade_.run([Batch(indices, images, {0: "unreadable"})], n, n, audit)
+    assert len(np.unique(together.exits)) >= 3
+    assert (together.audited >= 0).any() == audited
+    one = torch.zeros(1, dtype=torch.int64)
+    for i in range(n):
+        batch = Batch(one, images[i - 1 : i]) if i else Batch(one[:0], torch.empty(0), {0: "unreadable"})
+        found = fitted.cascade_.run([batch], 1, 64, audit[:1])
+        assert found.skipped == ({0: together.skipped[i]} if i in together.skipped else {})
+        for name in ("labels", "exits", "scores", "cost", "audited"):
+            mine, theirs = getattr(found, name), getattr(together, name)
+            assert mine.dtype == theirs.dtype
+            np.testing.assert_allclose(mine, theirs[i : i + 1], atol=1e-5)
+
+
 def test_scores_are_those_of_the_exit_taken(fitted, test_images):
     source = open_images(test_images)
     recorded, _ = fitted.cascade_.record(source.batches(np.arange(len(test_images)), 50), len(test_images))
