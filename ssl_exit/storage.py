@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ssl_exit.errors import InputError
 
-FORMAT = 5
+FORMAT = 6
 WEIGHTS, EXITS, ABOUT = "encoder.safetensors", "exits.safetensors", "model.json"
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from ssl_exit.errors import InputError
 
 SMALLEST = 1e-10  # variance of which a root is taken: the slope at 0 is infinite
+SIDE = 32  # positions a side that a pyramid is made of at most
 
 Layout = Literal["map", "map_channels_last", "tokens", "vector"]
 
@@ -52,8 +53,12 @@ def pyramid(x: Tensor) -> Tensor:
     side share its middle row or column. In channels_last, pooling kernels take a fraction of the time of reductions
     such as `amax`, `std` and `vector_norm`. The standard deviation comes from E[x^2] - E[x]^2: in float32 it is
     rounding where it is below a thousandth of the mean, in bfloat16 below a twentieth.
+
+    A map of more than 32 positions a side is averaged to at most 32 first, in one pass where there would be five.
     """
     x = x.contiguous(memory_format=torch.channels_last)
+    if max(x.shape[2:]) > SIDE:
+        x = F.avg_pool2d(x, [-(-side // SIDE) for side in x.shape[2:]], ceil_mode=True)
     h, w = x.shape[2:]
     if h % 2 == w % 2 == 0:
         quarters = F.avg_pool2d(x, (h // 2, w // 2))
@@ -140,7 +145,7 @@ class Descriptor:
 
     @property
     def macs(self) -> int:
-        """Multiply-adds per image spent on pooling."""
+        """Multiply-adds per image spent on pooling, at most: pyramids of large maps take fewer."""
         return 0 if self.layout == "vector" else KINDS[self.kind].reads * math.prod(self.shape)
 
     def __call__(self, x: Tensor) -> Tensor:

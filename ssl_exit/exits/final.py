@@ -110,7 +110,7 @@ class FinalClusters(Final):
 
     def forward(self, features: Tensor) -> Tensor:
         """Labels, (N,) int64, of final features, (N, D); -1 where a feature is not finite."""
-        points = F.normalize(features, dim=1) if self.spherical else features
-        half_norms = self.centroids.square().sum(1) / 2
-        labels = torch.addmm(-half_norms, points, self.centroids.T).argmax(1)
-        return torch.where(features.isfinite().all(1), labels, -1)
+        near = features @ self.centroids.T
+        if not self.spherical:  # where lengths of features and centroids count
+            near -= self.centroids.square().sum(1) / 2
+        return torch.where(features.isfinite().all(1), near.argmax(1), -1)

@@ -22,6 +22,18 @@ def test_pyramid_equals_pooling_standard_deviation_and_maximum(h, w, last, seed)
     torch.testing.assert_close(most, F.adaptive_max_pool2d(x, 1).flatten(1))
 
 
+@pytest.mark.parametrize(
+    ("size", "steps"), [((70, 33), (3, 2)), ((64, 20), (2, 1)), ((33, 32), (2, 1)), ((112, 112), (4, 4))]
+)
+def test_pyramid_of_a_large_map_is_that_of_its_local_averages(size, steps):
+    x = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(0))
+    (h, w), (a, b) = size, steps
+    rows = [[x[:, :, i : i + a, j : j + b].mean((2, 3)) for j in range(0, w, b)] for i in range(0, h, a)]
+    coarse = torch.stack([torch.stack(row, dim=-1) for row in rows], dim=-2)
+    assert max(coarse.shape[2:]) <= 32
+    torch.testing.assert_close(pyramid(x), pyramid(coarse))
+
+
 def test_standard_deviation_is_exact_where_it_matters_and_its_slope_is_finite():
     x = (torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0)) + 2).requires_grad_()
     std = pyramid(x)[:, 12:15]
