@@ -225,10 +225,9 @@ def latencies(c: ExitClusterer, images: Tensor, exits: np.ndarray) -> dict:
                 start = time.perf_counter()
                 ways[way](images[max(i, 0)][None])
                 taken[way][i, call] = time.perf_counter() - start
-        if i >= 0 and i % max(1, len(images) // 5) == 0:
-            segments, whole = segment_seconds(
-                c.cascade_, images[i : i + 1].to(c.cascade_.thresholds.device), c.batch_size, 15
-            )
+        if i >= 0 and i % 5 == 0:
+            image = images[i : i + 1].to(c.cascade_.thresholds.device)
+            segments, whole = segment_seconds(c.cascade_, image, c.batch_size, 15)
             reached = [(exits >= segment.stages.start).mean() for segment in c.cascade_.plan().segments]
             predicted.append(whole / float(segments @ reached))
     each = {way: np.median(seconds, axis=1).mean() for way, seconds in taken.items()}

@@ -94,7 +94,7 @@ class Segment(nn.Module):
             labels = self._final(self._output(x))
             scores = torch.where(labels >= 0, 1.0, torch.nan)
             return x, described, carried, labels, scores, torch.ones_like(labels, dtype=torch.bool)
-        return x, described, carried, labels, scores, scores >= thresholds[labels]
+        return x, described, carried, labels, scores, scores >= thresholds.index_select(0, labels)
 
 
 @dataclass(frozen=True)
