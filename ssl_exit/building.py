@@ -12,7 +12,6 @@ from ssl_exit.calibration import work
 from ssl_exit.cascade import Cascade
 from ssl_exit.data.images import Batch, mirrored
 from ssl_exit.encoders.compiling import can_compile
-from ssl_exit.encoders.inference import PRECISIONS
 from ssl_exit.encoders.tapped import TappedEncoder
 from ssl_exit.errors import InputError
 from ssl_exit.exits.across import AcrossExits
@@ -131,17 +130,14 @@ def cut_anew(cascade: Cascade, encoder: nn.Module, given: Mapping[str, Any], ima
     Args:
         cascade: stays as it is.
         encoder: on the CPU, of the same architecture.
-        given: parameters of `ExitClusterer`.
+        given: parameters of `ExitClusterer`, as they were when it was fitted.
         image: shape of an image, (C, H, W).
     """
     old = cascade.tapped
-    precision = next(name for name, dtype in PRECISIONS.items() if dtype == old.dtype)
     names = [point.name for point in old.staged.exit_points]
     kinds = [descriptor.kind for descriptor in old.descriptors]
     example = torch.zeros(1, *image)
-    return cascade.with_own_rules(
-        cut(encoder, {**given, "precision": precision}, names, example, kinds, old.accumulate)
-    )
+    return cascade.with_own_rules(cut(encoder, given, names, example, kinds, old.accumulate))
 
 
 def _fitted(

@@ -161,10 +161,10 @@ class Cascade(nn.Module):
     def labels(self, images: Tensor, batch_size: int) -> Tensor:
         """Labels of the whole encoder for one batch, (N,) int64; -1 where pixels or features are not finite."""
         (whole,) = self.plan([False] * len(self.rules)).segments
-        x = self.tapped.enter(images)
+        x, finite = self.tapped.enter(images), finite_images(images)
         nothing = torch.empty(len(x), 0, device=x.device)
         labels = self.call(whole, x, nothing, nothing, compiled=len(x) == batch_size)[3]
-        return torch.where(finite_images(images).to(labels.device), labels, -1)
+        return torch.where(finite.to(labels.device), labels, -1)
 
     @kept_memory()
     def record(self, batches: Iterable[Batch], n: int) -> tuple[Recorded, dict[int, str]]:
@@ -244,10 +244,11 @@ class Cascade(nn.Module):
                 continue
             rows = slice(at, at := at + len(batch.indices))
             with torch.inference_mode():
+                finite = finite_images(batch.images)  # before an encoder changes them in place
                 described, features = self.tapped(self.tapped.enter(batch.images))
                 columns = zip(self.exit_rules, self.tapped.columns, strict=True)
                 logits = [rule.logits(described[:, seen]) for rule, seen in columns]
-                final = torch.where(finite_images(batch.images).to(features.device), self.final(features), -1)
+                final = torch.where(finite.to(features.device), self.final(features), -1)
             skipped.update(dict.fromkeys(batch.indices[final.cpu() < 0].tolist(), NOT_FINITE))
             yield rows, logits, final
 

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from ssl_exit.clusterer import ExitClusterer
 from ssl_exit.data.images import FolderImages
 from ssl_exit.data.pixels import digits_pixels
-from ssl_exit.data.preprocessing import METADATA, Preprocessing, trained_with
+from ssl_exit.data.preprocessing import METADATA, Preprocessing
 from ssl_exit.encoders import graph
 from ssl_exit.encoders.build import EncoderSpec
 from ssl_exit.encoders.tapped import TappedEncoder
@@ -219,7 +219,7 @@ def fit(
         audit: share of the images that leave early which predict takes to the end too, to see whether the certificate
             still holds; 0: none.
         size: height and width in pixels of what the encoder sees; like crop, mean and std, if it is not given that of
-            the training where `train` wrote the weights, else 224 (1, ImageNet's).
+            the training where the weights say so (those that `train` wrote, and DEFAULT), else 224 (1, ImageNet's).
         crop: share of the shorter side kept by the centre crop.
         mean: per channel, of pixels in [0, 1]; one entry for grey images.
         std: per channel, of pixels in [0, 1].
@@ -233,12 +233,13 @@ def fit(
         device: auto, cpu, cuda, cuda:1, ...
         seed: of the hold-out split, the order of images and k-means.
     """
+    spec = EncoderSpec(encoder, weights)
     imported = ":" in encoder and not encoder.startswith("timm:")
     if weights is None and not imported:
         raise InputError(f"encoder {encoder!r} needs --weights: a weights file, or DEFAULT to download")
     check_model_folder(Path(out))  # before hours of work, not after
     c = ExitClusterer(
-        EncoderSpec(encoder, weights),
+        spec,
         n_clusters=n_clusters,
         exits=exits,
         rule=rule,
@@ -261,7 +262,7 @@ def fit(
         accumulate=accumulate,
         normalize=normalize,
         spherical=spherical,
-        preprocessing=_preprocessing(weights, {"size": size, "mean": mean, "std": std, "crop": crop}),
+        preprocessing=_preprocessing(spec, {"size": size, "mean": mean, "std": std, "crop": crop}),
         holdout=holdout,
         num_workers=num_workers,
     )
@@ -385,9 +386,9 @@ def list_exits(encoder: str, size: int = 224, channels: int = 3) -> None:
     print(exit_points_table(points))
 
 
-def _preprocessing(weights: str | None, given: dict[str, Any]) -> Preprocessing:
+def _preprocessing(spec: EncoderSpec, given: dict[str, Any]) -> Preprocessing:
     """What is given, and for the rest what the weights were trained with, or torchvision's usual."""
-    trained = trained_with(weights)
+    trained = spec.preprocessing()
     found = replace(
         trained or Preprocessing(224, tuple(IMAGENET_MEAN), tuple(IMAGENET_STD)),
         **{name: value for name, value in given.items() if value is not None},

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from sklearn.base import BaseEstimator
+from sklearn.base import BaseEstimator, ClusterMixin
 from sklearn.exceptions import NotFittedError
 from torch import nn
 
@@ -33,13 +33,13 @@ from ssl_exit.fingerprint import SeenImages, fingerprint, module_hash
 from ssl_exit.fitting import first_images
 from ssl_exit.measure.evaluation import Evaluation, evaluate
 from ssl_exit.measure.explanation import Explanation, explain
-from ssl_exit.parameters import check_parameters, checked_classes, checked_targets
+from ssl_exit.parameters import FIXED, check_parameters, checked_classes, checked_targets
 from ssl_exit.timing import StageTimes
 
 PART = 64  # batches whose results stream() gives at a time
 
 
-class ExitClusterer(BaseEstimator):
+class ExitClusterer(ClusterMixin, BaseEstimator):
     """Cluster images with an encoder, computing for each only as many layers as it needs.
 
     Parameters:
@@ -225,8 +225,9 @@ class ExitClusterer(BaseEstimator):
         draft.confidence = self.confidence if confidence is None else confidence
         check_parameters(draft.get_params(deep=False))
         source = self._open(data)
-        order = np.random.default_rng(self.random_state).permutation(len(source))
-        skipped = draft._calibrate(source, order, refuse=True)
+        skipped = draft._calibrate(
+            source, np.random.default_rng(self.random_state).permutation(len(source)), refuse=True
+        )
         self.__dict__.update(draft.__dict__)
         warn_of_skipped(skipped, source)
         return self
@@ -309,9 +310,7 @@ class ExitClusterer(BaseEstimator):
         source, batches = self._all(data, "explain")
         recorded, skipped = self.cascade_.record(batches, len(source))
         if len(recorded) == 0:
-            raise InputError(
-                f"none of the {len(source)} images can be used: {next(iter(skipped.values()), 'no images')}"
-            )
+            raise InputError(f"none of the {len(source)} images can be used: {next(iter(skipped.values()))}")
         warn_of_skipped(skipped, source)
         thresholds = self.cascade_.thresholds.cpu().numpy()
         path, disagreement = self.threshold_path_, self.path_disagreement_
@@ -370,16 +369,22 @@ class ExitClusterer(BaseEstimator):
     def _fit(self, source: ImageSource, order: np.ndarray, shaping: np.ndarray, classes: np.ndarray | None) -> None:
         """Final clusters and a rule at every exit, from the images at positions `order`."""
         self.spec_ = self.encoder if isinstance(self.encoder, EncoderSpec) else None
-        given = self.encoder.build() if isinstance(self.encoder, EncoderSpec) else as_module(self.encoder)
-        self.encoder_ = copy.deepcopy(given).cpu().eval()
+        network = self.encoder.build() if isinstance(self.encoder, EncoderSpec) else as_module(self.encoder)
+        self.encoder_ = copy.deepcopy(network).cpu().eval()
         example = first_images(source, order, self.batch_size)
         self.image_shape_ = tuple(example.shape[1:])
-        read = partial(self._batches, source)
-        found = build(self.encoder_, self.get_params(deep=False), example, read, order, shaping, classes)
+        given = self.get_params(deep=False)
+        self._fitted_with = {name: given[name] for name in FIXED}
+        found = build(self.encoder_, given, example, partial(self._batches, source), order, shaping, classes)
         self.cascade_, self.exit_choices_ = found.cascade, found.choices
         self._cut_from = module_hash(self.encoder_)
         self.fit_images_, self.skipped_ = found.images, found.skipped
         self.n_fit_, self.n_sample_ = found.n_fit, found.n_sample
+
+    @property
+    def _given(self) -> dict[str, Any]:
+        """Parameters, those that a fitted model cannot change as they were in fit()."""
+        return self.get_params(deep=False) | self._fitted_with
 
     def _split(self, held: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         exits = MOST_EXITS if self.exits == "auto" else len(self.exits)
@@ -391,7 +396,7 @@ class ExitClusterer(BaseEstimator):
         The cascade in use stays as it is; a new one takes its place.
         """
         if (now := module_hash(self.encoder_)) != self._cut_from:  # a certificate is about both, encoder and what runs
-            self.cascade_ = cut_anew(self.cascade_, self.encoder_, self.get_params(deep=False), self.image_shape_)
+            self.cascade_ = cut_anew(self.cascade_, self.encoder_, self._given, self.image_shape_)
             self._cut_from = now
         found = calibrate(
             self.cascade_,
@@ -427,9 +432,8 @@ class ExitClusterer(BaseEstimator):
 
     def _watch(self) -> None:
         """Begin the audit anew."""
-        self.audit_ = (
-            DriftAudit(self._certificate.max_disagreement, self.audit, self.false_alarm) if self.audit else None
-        )
+        eps = self._certificate.max_disagreement
+        self.audit_ = DriftAudit(eps, self.audit, self.false_alarm) if self.audit else None
 
     def _open(self, data: ImageData) -> ImageSource:
         return open_images(data, self.preprocessing, self.num_workers)

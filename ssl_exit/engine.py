@@ -266,7 +266,7 @@ def run_one(cascade: "Cascade", batch: Batch, audit: bool) -> ExitResult:
     plan, last = cascade.plan(), len(cascade.rules)
     label, exit_, score, whole = -1, last, float("nan"), -1
     if len(batch.indices):
-        x = cascade.tapped.enter(batch.images)
+        x, finite = cascade.tapped.enter(batch.images), finite_images(batch.images)
         described = torch.empty(1, 0, device=x.device)
         carried = cascade.across.begin(1, cascade.final.n_clusters, x.device)
         for segment in plan.segments:
@@ -277,7 +277,7 @@ def run_one(cascade: "Cascade", batch: Batch, audit: bool) -> ExitResult:
                 label, score, exit_ = int(here), float(sure), last if segment.exit is None else segment.exit
                 if not audit:
                     break
-        if label < 0 or not finite_images(batch.images):
+        if label < 0 or not finite:
             label, exit_, score = -1, last, float("nan")
     audited = whole if audit and exit_ < last else -1
     labels = np.array([label])

@@ -72,7 +72,7 @@ class Collected:
             seen = self.statistics[0].leading(dim) if tapped.accumulate else self.statistics[i]
             trainings.append(Training(seen, self.descriptors[:, columns], self.labels, self.soft, seed))
         type(rules[0]).fit_all(rules, trainings, exit_costs(tapped, rules, self.final))
-        return Cascade(tapped, rules, self.final, across).to(next(tapped.parameters()).device)
+        return Cascade(tapped, rules, self.final, across).to(tapped.device)
 
 
 def first_images(source: ImageSource, order: np.ndarray, batch_size: int) -> Tensor:
@@ -216,13 +216,13 @@ def _described(
     tapped: TappedEncoder, batches: Iterable[Batch], skipped: dict[int, str]
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Descriptors, final features and positions, batch by batch; images that are not finite are noted and left out."""
-    device = next(tapped.parameters()).device
-    for batch in on_device(batches, device):
+    for batch in on_device(batches, tapped.device):
         skipped.update(batch.skipped)
         if len(batch.indices) == 0:
             continue
+        finite = finite_images(batch.images).cpu()
         with torch.inference_mode():
             descriptors, features = (t.cpu() for t in tapped(tapped.enter(batch.images)))
-        good = descriptors.isfinite().all(1) & features.isfinite().all(1) & finite_images(batch.images).cpu()
+        good = descriptors.isfinite().all(1) & features.isfinite().all(1) & finite
         skipped.update(dict.fromkeys(batch.indices[~good].tolist(), NOT_FINITE))
         yield descriptors[good], features[good], batch.indices.cpu()[good]

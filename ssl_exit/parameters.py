@@ -19,6 +19,9 @@ CHOICES = {
     "cost": ("macs", "time"),
     "precision": tuple(PRECISIONS),
 }
+FIXED = (  # by fit(): the cascade is made of them
+    "n_clusters", "rule", "rule_options", "patience", "ensemble", "supervised", "precision", "normalize", "spherical"
+)  # fmt: skip
 LEAST = {"n_clusters": 1, "batch_size": 1, "random_state": 0, "num_workers": 0}
 SHARES = {"max_disagreement": False, "confidence": False, "holdout": True, "false_alarm": False}  # is 0 allowed?
 

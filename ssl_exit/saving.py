@@ -23,7 +23,7 @@ from ssl_exit.exits.certificate import Certificate
 from ssl_exit.exits.final import Final, FinalClasses, FinalClusters
 from ssl_exit.exits.registry import build_rules
 from ssl_exit.fingerprint import module_hash
-from ssl_exit.parameters import check_parameters, usable_device
+from ssl_exit.parameters import FIXED, check_parameters, usable_device
 from ssl_exit.placement import ExitChoice
 from ssl_exit.storage import WEIGHTS, read_model, write_model
 from ssl_exit.timing import StageTimes, stage_times
@@ -48,7 +48,7 @@ def save(c: ExitClusterer, folder: Path) -> None:
     exits |= {f"times.{k}": torch.from_numpy(v.copy()) for k, v in vars(c.times_).items()}
     about = {
         "encoder": {"spec": c.spec_.name if c.spec_ else None, "class": type(c.encoder_).__name__},
-        "params": {k: v for k, v in c.get_params(deep=False).items() if k not in REBUILT},
+        "params": {k: v for k, v in c._given.items() if k not in REBUILT},
         "preprocessing": c.preprocessing.to_dict() if c.preprocessing else None,
         "image": c.image_shape_,
         "device": c.cascade_.thresholds.device.type,
@@ -123,6 +123,7 @@ def load(
     if about["device"] != device_.type:  # what was measured there says nothing of here
         c.cascade_.times = stage_times(c.cascade_, torch.randn(min(c.batch_size, 16), *about["image"]))
     c.encoder_, c.spec_ = filled, EncoderSpec(spec) if spec else None
+    c._fitted_with = {name: getattr(c, name) for name in FIXED}
     c._cut_from = module_hash(filled)
     c.image_shape_ = tuple(about["image"])
     c._certificate = Certificate.from_dict(about["certificate"])

@@ -19,8 +19,8 @@ SIZES = (1, 8, 64)  # batch sizes that are timed, beside the one in use
 
 def now(device: torch.device) -> float:
     """Seconds on a clock, once the device has done what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
     return time.perf_counter()
 
 

@@ -6,7 +6,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from sklearn.base import clone
+from sklearn.base import clone, is_clusterer
 from sklearn.exceptions import NotFittedError
 from torch import nn
 
@@ -261,6 +261,14 @@ def test_scikit_learn_knows_its_parameters(encoder):
     c = clusterer(encoder, n_clusters=7)
     assert clone(c, safe=False).get_params(deep=False)["n_clusters"] == 7
     assert "n_clusters=7" in repr(c)
+    assert is_clusterer(c)
+
+
+def test_an_encoder_without_parameters(rgb_digits):
+    """Fixed filters, such as a scattering transform."""
+    net = nn.Sequential(nn.AvgPool2d(2), nn.Softmax2d(), nn.AvgPool2d(2), nn.Flatten())
+    c = clusterer(net, exits=["0"]).fit(rgb_digits[:400])
+    assert set(c.predict(rgb_digits[400:500]).tolist()) <= set(range(5))
 
 
 def test_fit_predict(encoder, rgb_digits):

@@ -1,5 +1,6 @@
 """Models on disk: whole or not at all, checked when read, and nothing in them is executed."""
 
+import copy
 import json
 
 import numpy as np
@@ -10,6 +11,8 @@ from ssl_exit import EncoderSpec, ExitClusterer, Preprocessing, load, storage
 from ssl_exit.demo import digits_encoder
 from ssl_exit.errors import InputError
 from ssl_exit.training.run import seeded
+
+CURRENT = f'"format": {storage.FORMAT}'.encode()
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +56,16 @@ def test_a_spec_builds_its_own_encoder(digits, tmp_path):
     c = ExitClusterer(spec, rule="prototypes", **settings).fit(digits[:900])
     c.save(tmp_path / "model")
     loaded = load(tmp_path / "model")
+    np.testing.assert_array_equal(loaded.predict(digits[900:]), c.predict(digits[900:]))
+
+
+def test_parameters_changed_after_fit_are_not_saved_where_the_model_is_made_of_them(clusterer, digits, tmp_path):
+    c = copy.copy(clusterer).set_params(n_clusters=3, patience=2, rule="mlp", batch_size=50, normalize=True)
+    c.calibrate(digits[900:])
+    c.save(tmp_path / "model")
+    loaded = load(tmp_path / "model", encoder=digits_encoder(), device="cpu")
+    assert (loaded.n_clusters, loaded.patience, loaded.rule, loaded.batch_size) == (10, 1, "centroid", 50)
+    assert not loaded.certificate_.void
     np.testing.assert_array_equal(loaded.predict(digits[900:]), c.predict(digits[900:]))
 
 
@@ -156,8 +169,8 @@ def damage(model, name, change):
         ("model.json", lambda b: b[:200], "cannot be read"),
         ("model.json", lambda b: b"[]", "names no format"),
         ("model.json", lambda b: b.replace(b'"disagreements": ', b'"disagreements": 1'), "was changed"),
-        ("model.json", lambda b: b.replace(b'"format": 5', b'"format": 99'), "format 99.*upgrade"),
-        ("model.json", lambda b: b.replace(b'"format": 5', b'"format": 1'), "reads format 5: fit it again"),
+        ("model.json", lambda b: b.replace(CURRENT, b'"format": 99'), "format 99.*upgrade"),
+        ("model.json", lambda b: b.replace(CURRENT, b'"format": 1'), f"reads format {storage.FORMAT}: fit it again"),
     ],
 )
 def test_damaged_tampered_and_newer_models_are_refused(model, name, change, message):

@@ -1,7 +1,7 @@
 """One kind of image source for a folder, a tensor, a Dataset or a DataLoader."""
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -66,7 +66,7 @@ def open_images(data: ImageData, preprocessing: Preprocessing | None = None, num
     Args:
         data: a folder of images (searched recursively, sorted by path); a tensor, (N, C, H, W); a map-style
             Dataset of images or of tuples whose first entry is the image; or a DataLoader over one, of which
-            the dataset, collate_fn and number of workers are used and the images come in dataset order.
+            the dataset, collate_fn and workers are used and the images come in dataset order.
             Floating-point images are taken as they are; uint8 and PIL images are preprocessed.
         preprocessing: for folders, uint8 and PIL images.
         num_workers: processes that decode images.
@@ -164,8 +164,16 @@ class _TensorSource:
 
 
 class _DatasetSource:
-    def __init__(self, dataset: Any, preprocessing: Preprocessing | None, num_workers: int, collate: Any = None):
+    def __init__(
+        self,
+        dataset: Any,
+        preprocessing: Preprocessing | None,
+        num_workers: int,
+        collate: Any = None,
+        workers: Mapping[str, Any] | None = None,
+    ) -> None:
         self.dataset, self.preprocessing, self.num_workers, self.collate = dataset, preprocessing, num_workers, collate
+        self.workers = workers or {}  # how they are started
         self.paths = dataset.paths if isinstance(dataset, FolderImages) else None
 
     def __len__(self) -> int:
@@ -179,6 +187,7 @@ class _DatasetSource:
             num_workers=self.num_workers,
             collate_fn=_Collate(self.collate, self.preprocessing),
             generator=torch.Generator().set_state(torch.get_rng_state()),  # as the global one, which stays as it is
+            **self.workers,
         )
         yield from loader
 
@@ -235,14 +244,19 @@ class _Collate:
 def _loader_source(loader: DataLoader, preprocessing: Preprocessing | None) -> _DatasetSource:
     if isinstance(loader.dataset, IterableDataset):
         raise InputError("a loader over an IterableDataset has no positions; give a map-style Dataset")
-    plain = loader.batch_sampler is None or type(loader.batch_sampler) is BatchSampler
+    single = loader.batch_sampler is None  # batch_size=None
+    plain = single or type(loader.batch_sampler) is BatchSampler
     sampler = getattr(loader.batch_sampler, "sampler", loader.sampler) if plain else loader.batch_sampler
-    if not isinstance(sampler, (SequentialSampler, RandomSampler)):
+    n = len(loader.dataset)  # type: ignore[arg-type]
+    some = isinstance(sampler, RandomSampler) and (sampler.replacement or sampler.num_samples != n)
+    if some or not isinstance(sampler, (SequentialSampler, RandomSampler)):
         raise InputError(
-            f"a loader with a {type(sampler).__name__} chooses its own images; give torch.utils.data.Subset of the "
-            "dataset instead"
+            f"a loader with a {type(sampler).__name__} that chooses its own images has no place for the others; give "
+            "torch.utils.data.Subset of the dataset instead"
         )
-    return _DatasetSource(loader.dataset, preprocessing, loader.num_workers, loader.collate_fn)
+    collate = None if single else loader.collate_fn
+    workers = {"worker_init_fn": loader.worker_init_fn, "multiprocessing_context": loader.multiprocessing_context}
+    return _DatasetSource(loader.dataset, preprocessing, loader.num_workers, collate, workers)
 
 
 def _check_dtype(dtype: torch.dtype, preprocessing: Preprocessing | None) -> None:

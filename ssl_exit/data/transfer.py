@@ -18,20 +18,21 @@ def on_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]
         yield from batches
         return
     stream = torch.cuda.Stream(device)
-    waiting: Batch | None = None
+    waiting: tuple[Batch, torch.cuda.Event] | None = None
     for batch in batches:
         with torch.cuda.stream(stream):
             images = batch.images if batch.images.is_cuda else batch.images.pin_memory()
             copied = replace(batch, images=images.to(device, non_blocking=True))
+            arrived = stream.record_event()  # of this copy alone: the next one is under way when it is waited for
         if waiting is not None:
-            yield _ready(waiting, stream)
-        waiting = copied
+            yield _ready(*waiting)
+        waiting = copied, arrived
     if waiting is not None:
-        yield _ready(waiting, stream)
+        yield _ready(*waiting)
 
 
-def _ready(batch: Batch, stream: torch.cuda.Stream) -> Batch:
+def _ready(batch: Batch, arrived: torch.cuda.Event) -> Batch:
     current = torch.cuda.current_stream(batch.images.device)
-    current.wait_stream(stream)
+    current.wait_event(arrived)
     batch.images.record_stream(current)
     return batch

@@ -13,6 +13,7 @@ import torchvision
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from ssl_exit.data.preprocessing import Preprocessing, trained_with
 from ssl_exit.encoders.resnet_cifar import (
     resnet18_cifar,
     resnet18_lightly,
@@ -72,6 +73,22 @@ class EncoderSpec:
         if self.weights is not None and not download:
             _fill(encoder, classifier, Path(self.weights), self.name)
         return encoder.eval()
+
+    def preprocessing(self) -> Preprocessing | None:
+        """What images the weights were trained on, where they say so: files that `ssl-exit train` wrote, and what
+        torchvision and timm have to download (how pixels are interpolated is not theirs)."""
+        if self.weights != "DEFAULT":
+            return trained_with(self.weights)
+        if self.name.startswith("timm:") and importlib.util.find_spec("timm"):
+            import timm
+
+            found = timm.get_pretrained_cfg(self.name[5:])
+            return Preprocessing(found.input_size[-1], found.mean, found.std, found.crop_pct) if found else None
+        if self.name in torchvision.models.list_models(torchvision.models):
+            how = torchvision.models.get_model_weights(self.name)["DEFAULT"].transforms()
+            (size,), (short,) = how.crop_size, how.resize_size
+            return Preprocessing(size, how.mean, how.std, size / short)
+        return None
 
     def _architecture(self, download: bool) -> tuple[nn.Module, str | None]:
         """The architecture without its classifier, and the classifier's name (its keys may be left over)."""

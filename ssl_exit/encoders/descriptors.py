@@ -152,5 +152,6 @@ class Descriptor:
         if self.layout == "map_channels_last":
             x = x.permute(0, 3, 1, 2)
         pooled = x if self.layout == "vector" else KINDS[self.kind].pool(x)
-        pooled = pooled.float()
+        views = self.layout == "vector" or self.kind == "flatten"  # of x, which the next stage may change in place
+        pooled = pooled.to(torch.float32, copy=views)
         return F.normalize(pooled, dim=1) if self.normalize else pooled

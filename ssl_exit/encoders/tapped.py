@@ -1,7 +1,7 @@
 """A staged encoder together with the descriptor at each of its exit points."""
 
 from collections.abc import Sequence
-from itertools import islice, pairwise
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,8 @@ class TappedEncoder(nn.Module):
         layout: memory format in which they take them.
     """
 
+    _anchor: Tensor
+
     def __init__(
         self,
         staged: StagedEncoder,
@@ -46,7 +48,7 @@ class TappedEncoder(nn.Module):
             ends.append(ends[-1] + descriptor.dim)
         self.columns = [slice(0 if accumulate else a, b) for a, b in pairwise(ends)]
         self.dim = ends[-1]
-        self._anchor = list(islice(staged.parameters(), 1))  # tells the device, without a search at every batch
+        self.register_buffer("_anchor", torch.empty(0), persistent=False)  # tells the device
 
     @classmethod
     def build(
@@ -140,8 +142,12 @@ class TappedEncoder(nn.Module):
     def enter(self, images: Tensor) -> Tensor:
         """Images, (N, C, H, W) float32 on any device, as the first stage takes them."""
         layout = self.layout if images.dim() == 4 else torch.contiguous_format
-        there = images.to(self._anchor[0].device, non_blocking=True)
+        there = images.to(self.device, non_blocking=True)
         return there.to(self.dtype).contiguous(memory_format=layout)  # both in one call take twice as long
+
+    @property
+    def device(self) -> torch.device:
+        return self._anchor.device
 
     @property
     def seen(self) -> list[int]:
@@ -159,5 +165,5 @@ class TappedEncoder(nn.Module):
         x = images
         for stage, descriptor in zip(stages, self.descriptors, strict=True):
             x = stage(x)
-            described.append(descriptor(x))  # at once: the next stage may change x in place
+            described.append(descriptor(x))
         return torch.cat(described, dim=1), self.output(last(x))

@@ -43,12 +43,14 @@ class PrototypesRule(ExitRule):
     name = "prototypes"
     prototypes_per_cluster = 100
     centroids: Tensor
+    unused: Tensor
     log_p: Tensor
 
     def __init__(self, dim: int, n_clusters: int) -> None:
         super().__init__(dim, n_clusters)
         n = self.prototypes_per_cluster * n_clusters
-        self.register_buffer("centroids", torch.full((n, dim), torch.inf))  # unused ones are infinitely far
+        self.register_buffer("centroids", torch.zeros(n, dim))
+        self.register_buffer("unused", torch.full((n,), torch.inf))  # how much farther than it is a centroid counts
         self.register_buffer("log_p", torch.zeros(n, n_clusters))
 
     def fit(self, training: Training) -> None:
@@ -60,16 +62,16 @@ class PrototypesRule(ExitRule):
         prior = np.bincount(labels, minlength=self.n_clusters) + 1.0
         smoothed = counts + prior / prior.sum()
         self.centroids[:n] = torch.from_numpy(centroids)
+        self.unused[:n] = 0
         self.log_p[:n] = torch.from_numpy(np.log(smoothed / smoothed.sum(1, keepdims=True)))
 
     def logits(self, x: Tensor) -> Tensor:
-        used = self.centroids[:, 0].isfinite().sum()
-        nearest = squared_distances(x, self.centroids[:used]).argmin(1)
+        nearest = (squared_distances(x, self.centroids) + self.unused).argmin(1)
         return self.log_p[nearest] + 0 * x.sum(1, keepdim=True)  # NaN in, NaN out
 
     @property
     def macs(self) -> int:
-        return (int(self.centroids[:, 0].isfinite().sum()) + 1) * self.dim
+        return (len(self.centroids) + 1) * self.dim
 
 
 def _joint_counts(own: Tensor, final: Tensor, n_own: int, n_final: int) -> np.ndarray:

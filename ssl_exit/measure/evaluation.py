@@ -140,7 +140,11 @@ def evaluate(
     warm = False
     for i, batch in enumerate(on_device(batches, device)):
         if not warm and len(batch.indices):  # once outside the clock
-            warming = replace(batch, images=batch.images.clone())  # an encoder may change its images in place
+            full_batch = torch.arange(min(n, batch_size))  # as many as a full batch has, at which programs are compiled
+            images = batch.images[
+                (full_batch % len(batch.indices)).to(device)
+            ]  # a copy: encoders may change it in place
+            warming = replace(batch, indices=full_batch, images=images)
             Run(cascade, n, batch_size).push(warming)
             segments, whole_seconds = segment_seconds(cascade, warming.images, batch_size)
             own = stage_times(cascade, warming.images).exits[-1]

@@ -4,7 +4,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset, WeightedRandomSampler
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    Subset,
+    TensorDataset,
+    WeightedRandomSampler,
+    get_worker_info,
+)
 
 from ssl_exit import Preprocessing
 from ssl_exit.data.images import FolderImages, open_images
@@ -39,6 +48,7 @@ def test_folder_tensor_dataset_and_loader_agree(image_folder, workers):
         (pictures, GREY),
         ((tensor * 255).round().to(torch.uint8), GREY),
         (DataLoader(labelled, batch_size=3, shuffle=True), None),
+        (DataLoader(labelled, batch_size=None), None),
         (Subset(folder, range(60)), GREY),
     ):
         indices, images, skipped = everything(open_images(data, preprocessing, workers), order=order)
@@ -95,6 +105,31 @@ def test_mixed_sizes_and_modes(tmp_path):
     assert by_name["dark.png"].max() <= 1 / 255
 
 
+FOUR = TensorDataset(torch.zeros(4, 1))
+
+
+class Opened(Dataset):
+    """Images that only a worker which was prepared for them can give."""
+
+    ready = False
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        assert self.ready
+        return torch.full((1, 8, 8), float(index))
+
+
+def prepare(worker):
+    get_worker_info().dataset.dataset.ready = True
+
+
+def test_workers_start_as_the_loader_has_it():
+    loader = DataLoader(Opened(), num_workers=1, worker_init_fn=prepare, multiprocessing_context="fork")
+    assert everything(open_images(loader))[1][:, 0, 0, 0].tolist() == [0, 1, 2, 3]
+
+
 class Stream(IterableDataset):
     def __iter__(self):
         yield torch.zeros(1, 8, 8)
@@ -111,8 +146,14 @@ class Stream(IterableDataset):
         (5, None, "got int"),
         ("no/such/folder", RGB, "is not a folder"),
         (DataLoader(Stream()), None, "IterableDataset"),
-        (DataLoader(TensorDataset(torch.zeros(4, 1)), sampler=WeightedRandomSampler([1.0] * 4, 4)), None, "Subset"),
-        (DataLoader(TensorDataset(torch.zeros(4, 1)), batch_sampler=[[0, 1]]), None, "a loader with a list chooses"),
+        (DataLoader(FOUR, sampler=WeightedRandomSampler([1.0] * 4, 4)), None, "Subset"),
+        (
+            DataLoader(FOUR, sampler=RandomSampler(FOUR, num_samples=2)),
+            None,
+            "a loader with a RandomSampler that chooses",
+        ),
+        (DataLoader(FOUR, sampler=RandomSampler(FOUR, replacement=True)), None, "Subset"),
+        (DataLoader(FOUR, batch_sampler=[[0, 1]]), None, "a loader with a list that chooses"),
     ],
 )
 def test_wrong_data_is_refused(data, preprocessing, message):

@@ -7,7 +7,7 @@ import torchvision
 from safetensors.torch import save_file
 from torch import nn
 
-from ssl_exit import EncoderSpec
+from ssl_exit import EncoderSpec, Preprocessing
 from ssl_exit.encoders.resnet_cifar import resnet18_cifar, resnet18_lightly, resnet18_sololearn, resnet20_cifar
 from ssl_exit.encoders.tapped import TappedEncoder
 from ssl_exit.errors import InputError
@@ -91,6 +91,21 @@ def test_files_that_hold_no_weights_are_refused_and_run_nothing(tmp_path):
 def test_names_that_mean_nothing_are_refused(name, weights, message):
     with pytest.raises(InputError, match=message):
         EncoderSpec(name, weights).build()
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("resnet50", Preprocessing(224, crop=224 / 232)),
+        ("timm:vit_small_patch16_224", Preprocessing(224, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), 0.9)),
+        ("timm:vit_small_patch14_dinov2", Preprocessing(518)),
+        ("timm:no_such_model", None),
+        ("resnet20_cifar", None),
+    ],
+)
+def test_weights_to_download_say_how_images_are_preprocessed(name, expected):
+    assert EncoderSpec(name, "DEFAULT").preprocessing() == expected
+    assert EncoderSpec(name).preprocessing() is None
 
 
 def test_a_function_of_ones_own():

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 from ssl_exit.encoders.descriptors import Descriptor, layout_of, pyramid, tokens
 from ssl_exit.encoders.tapped import TappedEncoder
@@ -119,6 +120,31 @@ def test_a_descriptor_is_taken_before_the_next_stage_changes_its_tensor(rgb_digi
     with torch.no_grad():
         described, _ = tapped(rgb_digits[:4])
         torch.testing.assert_close(described, layers[0](rgb_digits[:4]).mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("layers", "exits", "descriptor"),
+    [
+        ((nn.Flatten(), nn.Linear(192, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)), ["1", "3"], "auto"),
+        ((nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3)), ["0", "2"], "flatten"),
+        (
+            (nn.Flatten(2), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)),
+            ["1", "3"],
+            "flatten",
+        ),
+    ],
+)
+def test_descriptors_that_are_the_tensor_itself_are_kept_from_the_next_stage(layers, exits, descriptor):
+    """Vectors and whole maps: what fit() and record() see is what a segment sees, and what is there."""
+    x, expected, y = torch.randn(5, 3, 8, 8), [], None
+    with torch.no_grad():
+        for i, layer in enumerate(layers):
+            y = layer(x if y is None else y)
+            expected += [y.flatten(1)] * (str(i) in exits)
+            if isinstance(layer, nn.ReLU):
+                layer.inplace = True
+        tapped = TappedEncoder.build(nn.Sequential(*layers), exits, x[:1], descriptor=descriptor).eval()
+        torch.testing.assert_close(tapped(x)[0], torch.cat(expected, dim=1))
 
 
 def test_accumulated_and_single_columns(rgb_digits):
