@@ -381,11 +381,6 @@ class ExitClusterer(ClusterMixin, BaseEstimator):
         self.fit_images_, self.skipped_ = found.images, found.skipped
         self.n_fit_, self.n_sample_ = found.n_fit, found.n_sample
 
-    @property
-    def _given(self) -> dict[str, Any]:
-        """Parameters, those that a fitted model cannot change as they were in fit()."""
-        return self.get_params(deep=False) | self._fitted_with
-
     def _split(self, held: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         exits = MOST_EXITS if self.exits == "auto" else len(self.exits)
         return split_held_out(held, exits * len(rule_classes(self.rule)) * (self.n_clusters + 1))
@@ -396,7 +391,8 @@ class ExitClusterer(ClusterMixin, BaseEstimator):
         The cascade in use stays as it is; a new one takes its place.
         """
         if (now := module_hash(self.encoder_)) != self._cut_from:  # a certificate is about both, encoder and what runs
-            self.cascade_ = cut_anew(self.cascade_, self.encoder_, self._given, self.image_shape_)
+            given = self.get_params(deep=False) | self._fitted_with
+            self.cascade_ = cut_anew(self.cascade_, self.encoder_, given, self.image_shape_)
             self._cut_from = now
         found = calibrate(
             self.cascade_,

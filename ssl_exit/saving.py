@@ -48,7 +48,7 @@ def save(c: ExitClusterer, folder: Path) -> None:
     exits |= {f"times.{k}": torch.from_numpy(v.copy()) for k, v in vars(c.times_).items()}
     about = {
         "encoder": {"spec": c.spec_.name if c.spec_ else None, "class": type(c.encoder_).__name__},
-        "params": {k: v for k, v in c._given.items() if k not in REBUILT},
+        "params": {k: v for k, v in c.get_params(deep=False).items() if k not in REBUILT} | c._fitted_with,
         "preprocessing": c.preprocessing.to_dict() if c.preprocessing else None,
         "image": c.image_shape_,
         "device": c.cascade_.thresholds.device.type,
