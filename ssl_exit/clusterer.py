@@ -225,9 +225,8 @@ class ExitClusterer(ClusterMixin, BaseEstimator):
         draft.confidence = self.confidence if confidence is None else confidence
         check_parameters(draft.get_params(deep=False))
         source = self._open(data)
-        skipped = draft._calibrate(
-            source, np.random.default_rng(self.random_state).permutation(len(source)), refuse=True
-        )
+        order = np.random.default_rng(self.random_state).permutation(len(source))
+        skipped = draft._calibrate(source, order, refuse=True)
         self.__dict__.update(draft.__dict__)
         warn_of_skipped(skipped, source)
         return self

@@ -262,6 +262,9 @@ def run_one(cascade: "Cascade", batch: Batch, audit: bool) -> ExitResult:
         cascade: not compiled for a batch of one.
         batch: one image, or none and the reason why.
         audit: whether it goes on to the end wherever it leaves.
+
+    Returns:
+        Arrays of shape (1,).
     """
     plan, last = cascade.plan(), len(cascade.rules)
     label, exit_, score, whole = -1, last, float("nan"), -1

@@ -140,11 +140,9 @@ def evaluate(
     warm = False
     for i, batch in enumerate(on_device(batches, device)):
         if not warm and len(batch.indices):  # once outside the clock
-            full_batch = torch.arange(min(n, batch_size))  # as many as a full batch has, at which programs are compiled
-            images = batch.images[
-                (full_batch % len(batch.indices)).to(device)
-            ]  # a copy: encoders may change it in place
-            warming = replace(batch, indices=full_batch, images=images)
+            positions = torch.arange(min(n, batch_size))  # a full batch: programs are compiled for its shape
+            repeated = (positions % len(batch.indices)).to(device)
+            warming = Batch(positions, batch.images[repeated])  # a copy: an encoder may change it in place
             Run(cascade, n, batch_size).push(warming)
             segments, whole_seconds = segment_seconds(cascade, warming.images, batch_size)
             own = stage_times(cascade, warming.images).exits[-1]
