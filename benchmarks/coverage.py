@@ -25,7 +25,7 @@ from common import PREPROCESSING, cifar, encoder, report
 from scipy.stats import beta
 from torch import Tensor
 
-from ssl_exit.cascade import Cascade
+from ssl_exit.cascade.cascade import Cascade
 from ssl_exit.encoders.tapped import TappedEncoder
 from ssl_exit.exits.across import AcrossExits
 from ssl_exit.exits.certificate import GUARANTEES, certify, close_thin_cells

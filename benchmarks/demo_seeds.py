@@ -10,7 +10,7 @@ import io
 
 from common import report
 
-from ssl_exit.demo import run_demo
+from ssl_exit.cli.demo import run_demo
 from ssl_exit.report.tables import text_table
 
 COLUMNS = ("agreement", "cost_macs", "cost_time", "acc", "acc_full", "seconds")

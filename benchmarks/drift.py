@@ -21,7 +21,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 
 from ssl_exit import ExitClusterer
-from ssl_exit.drift import DriftAudit
+from ssl_exit.exits.audit import DriftAudit
 from ssl_exit.report.tables import text_table
 
 EPS, SHARE, FALSE_ALARM = 0.02, 0.1, 0.01

@@ -29,7 +29,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ssl_exit import ExitClusterer
-from ssl_exit.data.pixels import PixelsInMemory
+from ssl_exit.training.loader import PixelsInMemory
 from ssl_exit.encoders.build import EncoderSpec
 from ssl_exit.encoders.tapped import TappedEncoder
 from ssl_exit.exits.thresholds import simulate, trade_off

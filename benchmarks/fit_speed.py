@@ -28,7 +28,7 @@ from ssl_exit import ExitClusterer
 from ssl_exit.encoders.tapped import TappedEncoder
 from ssl_exit.exits.kmeans import kmeans
 from ssl_exit.fitting import SAMPLE
-from ssl_exit.memory import kept_memory
+from ssl_exit.cascade.memory import kept_memory
 from ssl_exit.report.tables import text_table
 
 HOW = PREPROCESSING["simclr"]

@@ -4,7 +4,7 @@
 
 Images are made on the fly from CIFAR-10's training images: shifted by up to four pixels, mirrored, brightened, each by
 its own seed, so that every number of images means different ones. A frozen SimCLR ResNet-20 is fitted once (K = 10,
-disagreement 5 %); then, in a process of its own for every size, `ExitClusterer.stream` clusters them and `LabelsFile`
+disagreement 5 %); then, in a process of its own for every size, `ExitClusterer.stream` clusters them and `LabelFile`
 writes a row for each as it comes. What is printed: microseconds an image, median of the parts that `stream` gives, the
 spread of those parts, and peak resident memory.
 
@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ssl_exit import ExitClusterer, load
-from ssl_exit.labels import LabelsFile
+from ssl_exit.report.label_file import LabelFile
 from ssl_exit.report.tables import text_table
 
 HOW = PREPROCESSING["simclr"]
@@ -92,7 +92,7 @@ def cluster(n: int, file: Path) -> None:
     """Cluster n images in this process; figures as JSON on stdout."""
     c, loader = opened(n)
     parts = []
-    with LabelsFile(file, Names(n), c.exit_names_, "scale") as labels:
+    with LabelFile(file, Names(n), c.exit_names_, "scale") as labels:
         begun = labels.begun
         start = time.perf_counter()
         for result in c.stream(loader, begun):

@@ -12,7 +12,7 @@ import torch
 from sklearn.datasets import load_digits
 
 from ssl_exit import ExitClusterer
-from ssl_exit.demo import digits_encoder
+from ssl_exit.encoders.small import digits_encoder
 
 images = torch.tensor(load_digits().images, dtype=torch.float32)[:, None] / 16
 fit, test = images[:1300], images[1300:]

@@ -12,7 +12,7 @@ import torch
 from sklearn.datasets import load_digits
 
 from ssl_exit import ExitClusterer, Preprocessing, list_exits, load
-from ssl_exit.demo import digits_encoder
+from ssl_exit.encoders.small import digits_encoder
 from ssl_exit.encoders.tapped import TappedEncoder
 from ssl_exit.report.tables import exit_points_table, exit_table, summary
 from ssl_exit.training import Optimization, build_training

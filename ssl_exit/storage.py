@@ -1,86 +1,110 @@
 """Models on disk: a folder of safetensors and JSON. Nothing in it is executed when it is read.
 
-model.json            parameters, exit points, certificate, and a checksum of every file
+model.json            settings, exit points, certificate, and a checksum of every file
 encoder.safetensors   the encoder's weights
 exits.safetensors     rules, final centroids, thresholds, stage times
 """
 
+import copy
 import hashlib
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import nn
 
+from ssl_exit.encoders.build import EncoderSpec
+from ssl_exit.encoders.graph import as_module
 from ssl_exit.errors import InputError
+from ssl_exit.files import atomic_folder
+from ssl_exit.model import Model
+from ssl_exit.settings import Settings
 
-FORMAT = 6
+FORMAT = 7
 WEIGHTS, EXITS, ABOUT = "encoder.safetensors", "exits.safetensors", "model.json"
+PATH_SETTINGS = 100  # of the threshold path that are saved
 
 
-def check_model_folder(folder: Path) -> None:
-    """Refuse a folder that a model may not take the place of.
-
-    Raises:
-        InputError: it is a file, or holds anything that is not a model's, such as weights alone.
-    """
-    found = {f.name for f in folder.iterdir()} if folder.is_dir() else set()
-    if (folder.exists() and not folder.is_dir()) or (found and (ABOUT not in found or found - {WEIGHTS, EXITS, ABOUT})):
-        raise InputError(f"{str(folder)!r} exists and is not just a model; give a new folder")
-
-
-def check_file(file: Path) -> None:
-    """Refuse to write over what is no file.
-
-    Raises:
-        InputError: it is a folder, a device or the like.
-    """
-    if file.exists() and not file.is_file():
-        raise InputError(f"{str(file)!r} exists and is no regular file; give another name")
-
-
-def write_model(folder: Path, about: dict[str, Any], weights: dict[str, Tensor], exits: dict[str, Tensor]) -> None:
-    """Write a model; the folder appears whole or not at all.
+def save_model(folder: Path, model: Model) -> None:
+    """Write a model; the folder appears complete or not at all.
 
     Args:
         folder: a new one, or a model to replace.
-        about: what is not a tensor, for JSON; numpy's numbers and torch's devices are made plain.
-        weights: the encoder's state dict.
-        exits: everything else.
+        model: a fitted one; its threshold path is thinned to 100 settings.
 
     Raises:
-        InputError: see `check_model_folder`.
+        InputError: the folder exists and holds anything that is not a model's.
     """
     check_model_folder(folder)
+    few = np.unique(np.linspace(0, len(model.path) - 1, PATH_SETTINGS).round().astype(int))
+    about, tensors = replace(model, path=model.path[few], path_disagreement=model.path_disagreement[few]).state()
     about = {"format": FORMAT, "version": version("ssl-exit")} | json.loads(json.dumps(about, default=_plain))
-    with _whole_folder(folder) as draft:
-        for name, tensors in ((WEIGHTS, weights), (EXITS, exits)):
-            save_file({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, draft / name)
+    with atomic_folder(folder) as draft:
+        for name, named in ((WEIGHTS, model.encoder.state_dict()), (EXITS, tensors)):
+            save_file({k: v.detach().cpu().contiguous().clone() for k, v in named.items()}, draft / name)
         about["sha256"] = {name: _sha256(draft / name) for name in (WEIGHTS, EXITS)}
         about["checksum"] = _checksum(about)
         (draft / ABOUT).write_text(json.dumps(about, indent=1) + "\n")
 
 
-def read_model(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:
-    """What `write_model` wrote: about, weights, exits.
+def load_model(
+    folder: str | Path,
+    encoder: nn.Module | Sequence[nn.Module] | None = None,
+    device: str = "auto",
+    **changes: Mapping[str, Any],
+) -> Model:
+    """Read a model that `save_model` wrote.
+
+    Args:
+        folder: the model.
+        encoder: a module of the same architecture, for models whose encoder was passed as a module; it is
+            copied, and filled with the saved weights. Models saved with an EncoderSpec build their own; for
+            "module:function" that imports the module from the Python path.
+        device: where to run: "auto" or what torch.device takes.
+        changes: fields of groups of settings to replace, such as runtime={"compile": True}.
 
     Raises:
-        InputError: the folder is no model, truncated, changed since it was written, or of a newer format.
+        InputError: the folder is no model, truncated, changed since it was written, of a newer format, or
+            needs an encoder; or settings that are not legal.
     """
+    folder = Path(folder)
     about = _read_about(folder)
     for name in (WEIGHTS, EXITS):
         if not (folder / name).is_file() or _sha256(folder / name) != about["sha256"][name]:
             raise InputError(f"model {str(folder)!r}: {name} is missing, truncated or changed since it was saved")
-    return about, load_file(folder / WEIGHTS), load_file(folder / EXITS)
+    spec = about["encoder"]["spec"]
+    if encoder is None and spec is None:
+        raise InputError(
+            f"model {str(folder)!r} was fitted with a {about['encoder']['class']} passed as a module: "
+            "load(folder, encoder=that module)"
+        )
+    filled = copy.deepcopy(EncoderSpec(spec).build() if encoder is None else as_module(encoder)).cpu().eval()
+    try:
+        filled.load_state_dict(load_file(folder / WEIGHTS))
+    except RuntimeError as error:
+        raise InputError(f"the encoder does not fit model {str(folder)!r}: {error}") from error
+    settings = replace(Settings.from_dict(about["settings"]), device=str(device)).nested(**changes)
+    model = Model.from_state(filled, about, load_file(folder / EXITS), settings)
+    if (certificate := model.check()).void:
+        warnings.warn(f"model {str(folder)!r}: the certificate is {certificate}", stacklevel=3)
+    return model
+
+
+def check_model_folder(folder: Path) -> None:
+    """Refuse a folder that a model may not replace.
+
+    Raises:
+        InputError: it is a file, or holds anything that is not a model's, such as weights alone.
+    """
+    names = {f.name for f in folder.iterdir()} if folder.is_dir() else set()
+    if (folder.exists() and not folder.is_dir()) or (names and (ABOUT not in names or names - {WEIGHTS, EXITS, ABOUT})):
+        raise InputError(f"{str(folder)!r} exists and is not just a model; choose a new folder")
 
 
 def _read_about(folder: Path) -> dict[str, Any]:
@@ -108,8 +132,6 @@ def _read_about(folder: Path) -> dict[str, Any]:
 def _plain(value: Any) -> Any:
     if isinstance(value, np.generic):
         return value.item()
-    if isinstance(value, torch.device):
-        return str(value)
     raise InputError(f"{value!r} cannot be saved: parameters must be numbers, strings or lists of them")
 
 
@@ -121,39 +143,3 @@ def _sha256(file: Path) -> str:
 def _checksum(about: dict[str, Any]) -> str:
     """Of the JSON itself, against damage; it is no signature."""
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
-
-
-@contextmanager
-def _whole_folder(folder: Path) -> Iterator[Path]:
-    """A draft beside the folder that takes its place when all is written, and vanishes if anything fails."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    old = draft.with_name(draft.name + "-old")
-    try:
-        yield draft
-        draft.chmod(0o755)
-        if folder.exists():
-            os.replace(folder, old)
-        os.replace(draft, folder)
-    except BaseException:
-        if old.exists() and not folder.exists():
-            os.replace(old, folder)
-        raise
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
-
-
-@contextmanager
-def whole_file(file: Path) -> Iterator[Path]:
-    """A draft beside a file that takes its place when all is written, and vanishes if anything fails."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{file.name}-", suffix=file.suffix, dir=file.parent)
-    os.close(handle)
-    draft = Path(name)
-    try:
-        yield draft
-        draft.chmod(0o644)
-        os.replace(draft, file)
-    finally:
-        draft.unlink(missing_ok=True)

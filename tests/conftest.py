@@ -8,6 +8,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     )
 
 import tarfile
+from dataclasses import fields
 from itertools import accumulate
 from pathlib import Path
 
@@ -21,8 +22,10 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from ssl_exit import EncoderSpec, ExitClusterer
-from ssl_exit.encoders.resnet_cifar import resnet20_cifar
+from ssl_exit.data.images import open_images
+from ssl_exit.encoders.small import resnet20_cifar
 from ssl_exit.encoders.stages import StagedEncoder, split
+from ssl_exit.settings import Settings, options_of
 
 settings.register_profile("untimed", deadline=None)  # a busy machine is no failure
 settings.load_profile("untimed")
@@ -99,18 +102,15 @@ def fitted(request, rgb_digits) -> ExitClusterer:
     """A clusterer fitted to 800 of the rgb_digits, whose test images leave at several exits."""
     name, _, alone = request.param.partition(" ")
     encoder = untrained(name, rgb_digits)
-    clusterer = ExitClusterer(
+    return clusterer(
         encoder,
         n_clusters=5,
         exits=[point.name for point in split(encoder, "auto", rgb_digits[:1]).exit_points],  # none is left out
         max_disagreement=0.2,
         confidence=0.5,
         batch_size=64,
-        device="cpu",
         accumulate=not alone,
-        progress=False,
-    )
-    return clusterer.fit(rgb_digits[:800])
+    ).fit(rgb_digits[:800])
 
 
 @pytest.fixture
@@ -123,3 +123,18 @@ def image_folder(tmp_path, digits) -> Path:
             pixels = (digits[i, 0].numpy() * 255).astype(np.uint8)
             Image.fromarray(pixels).save(tmp_path / "images" / str(digit) / f"{i:04d}.png")
     return tmp_path / "images"
+
+
+def clusterer(encoder, preprocessing=None, **flat) -> ExitClusterer:
+    """An ExitClusterer whose parameters are named as on the command line: in tests no group need be spelled out."""
+    settings = Settings.from_flat({"device": "cpu", "progress": False} | flat)
+    unknown = set(flat) - {option.flag for option in options_of(Settings)}
+    assert not unknown, unknown
+    return ExitClusterer(
+        encoder, **{f.name: getattr(settings, f.name) for f in fields(Settings)}, preprocessing=preprocessing
+    )
+
+
+def batches_of(images: Tensor, batch_size: int):
+    """Batches of a tensor of images, in order."""
+    return open_images(images).batches(np.arange(len(images)), batch_size)

@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,8 +15,10 @@ from ssl_exit import ExitClusterer, Preprocessing, load
 from ssl_exit.errors import InputError
 from ssl_exit.exits.rules import RULES
 from ssl_exit.exits.thresholds import simulate
-from ssl_exit.timing import StageTimes
-from tests.conftest import untrained
+from ssl_exit.fitting.record import record
+from ssl_exit.cascade.times import StageTimes
+from tests import conftest
+from tests.conftest import batches_of, untrained
 
 CIFAR = Preprocessing(32, (0.491, 0.482, 0.447), (0.247, 0.243, 0.262))
 
@@ -26,14 +29,14 @@ def encoder(rgb_digits):
 
 
 def clusterer(encoder, **changes):
-    settings = {"n_clusters": 5, "max_disagreement": 0.2, "confidence": 0.5, "batch_size": 64, "progress": False}
-    return ExitClusterer(encoder, **{"device": "cpu"} | settings | changes)
+    settings = {"n_clusters": 5, "max_disagreement": 0.2, "confidence": 0.5, "batch_size": 64}
+    return conftest.clusterer(encoder, **settings | changes)
 
 
 def test_agreement_on_unseen_real_images_is_near_what_was_asked(simclr_spec, cifar):
     pixels, _ = cifar
     order = np.random.default_rng(0).permutation(len(pixels))
-    c = ExitClusterer(simclr_spec, max_disagreement=0.1, confidence=0.5, preprocessing=CIFAR, progress=False)
+    c = conftest.clusterer(simclr_spec, CIFAR, max_disagreement=0.1, confidence=0.5)
     c.fit(pixels[order[:1400]])
     result, full = c.run(pixels[order[1400:]]), c.predict_full(pixels[order[1400:]])
     assert abs((result.labels == full).mean() - 0.9) < 0.05
@@ -50,10 +53,10 @@ def test_the_encoder_is_left_as_it_was(rgb_digits):
 
 
 def test_fit_is_reproducible_and_seeds_matter(encoder, rgb_digits):
-    one, two = (clusterer(encoder, random_state=1).fit(rgb_digits[:500]) for _ in range(2))
+    one, two = (clusterer(encoder, seed=1).fit(rgb_digits[:500]) for _ in range(2))
     np.testing.assert_array_equal(one.predict(rgb_digits[500:600]), two.predict(rgb_digits[500:600]))
     np.testing.assert_array_equal(one.cluster_centers_, two.cluster_centers_)
-    other = clusterer(encoder, random_state=2).fit(rgb_digits[:500])
+    other = clusterer(encoder, seed=2).fit(rgb_digits[:500])
     assert not np.array_equal(one.cluster_centers_, other.cluster_centers_)
 
 
@@ -61,15 +64,15 @@ def test_streaming_beyond_the_sample_equals_all_at_once(encoder, rgb_digits, mon
     """Statistics must not depend on how images are cut into sample and stream."""
     exits = {"exits": ["layer1", "layer2.0", "layer2", "layer3.0"]}
     whole = clusterer(encoder, **exits).fit(rgb_digits[:600])
-    monkeypatch.setattr("ssl_exit.fitting.SAMPLE", 100)
-    monkeypatch.setattr("ssl_exit.fitting.SAMPLE_BYTES", 1)
+    monkeypatch.setattr("ssl_exit.fitting.sample.SAMPLE", 100)
+    monkeypatch.setattr("ssl_exit.fitting.sample.SAMPLE_BYTES", 1)
     small = clusterer(encoder, **exits).fit(rgb_digits[:600])
-    assert (small.n_sample_, whole.n_sample_) == (5, 480)
-    assert small.n_fit_ == whole.n_fit_ == 480
+    assert (small.model_.provenance.n_sample, whole.model_.provenance.n_sample) == (5, 480)
+    assert small.model_.provenance.n_fit == whole.model_.provenance.n_fit == 480
 
-    rule = whole.cascade_.exit_rules[3]
-    monkeypatch.setattr("ssl_exit.exits.final.FinalClusters.fit", lambda *_, **__: whole.cascade_.final)
-    streamed = clusterer(encoder, **exits).fit(rgb_digits[:600]).cascade_.exit_rules[3]
+    rule = whole.model_.cascade.rules[3]
+    monkeypatch.setattr("ssl_exit.exits.final.FinalClusters.fit", lambda *_, **__: whole.model_.cascade.final)
+    streamed = clusterer(encoder, **exits).fit(rgb_digits[:600]).model_.cascade.rules[3]
     torch.testing.assert_close(streamed.bias, rule.bias, rtol=1e-2, atol=2e-3)
     torch.testing.assert_close(streamed.weight, rule.weight, rtol=1e-2, atol=2e-3)
 
@@ -118,8 +121,8 @@ def test_too_few_images_exit_nothing_and_say_why(encoder, rgb_digits):
 def test_an_interrupted_fit_or_calibration_loses_nothing(encoder, rgb_digits, monkeypatch):
     c = clusterer(encoder).fit(rgb_digits[:400])
     before, state = c.predict(rgb_digits[400:500]), c.certificate_
-    thresholds = c.cascade_.thresholds.clone()
-    for target in ("ssl_exit.building.collect", "ssl_exit.calibration.certify"):
+    model = c.model_
+    for target in ("ssl_exit.fitting.fit.collect", "ssl_exit.fitting.calibrate.certify"):
         with monkeypatch.context() as patch:
             patch.setattr(target, lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
             with pytest.raises(KeyboardInterrupt):
@@ -129,7 +132,7 @@ def test_an_interrupted_fit_or_calibration_loses_nothing(encoder, rgb_digits, mo
                     c.calibrate(rgb_digits[400:800], max_disagreement=0.4)
     assert c.certificate_ == state
     assert c.max_disagreement == 0.2
-    assert torch.equal(c.cascade_.thresholds, thresholds)
+    assert c.model_ is model
     np.testing.assert_array_equal(c.predict(rgb_digits[400:500]), before)
 
 
@@ -141,7 +144,7 @@ def test_broken_pixels_are_left_out_of_the_fit_and_reported(encoder, rgb_digits)
         c.fit(images)
     assert sorted(c.skipped_) == [10, 20]
     held = np.random.default_rng(0).permutation(400)[:80]
-    assert c.n_fit_ == 320 - 2 + np.isin([10, 20], held).sum()
+    assert c.model_.provenance.n_fit == 320 - 2 + np.isin([10, 20], held).sum()
     with pytest.warns(UserWarning, match="2 of 400 images could not be used, such as position 10"):
         labels = c.predict(images)
     assert (np.flatnonzero(labels < 0) == [10, 20]).all()
@@ -177,15 +180,15 @@ def test_manual_stages_give_the_same_clusters(rgb_digits):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"n_clusters": 0}, "n_clusters must be a whole number"),
+        ({"n_clusters": 0}, r"n_clusters must be a whole number in \[1, inf\); got 0"),
         ({"n_clusters": 2.5}, "n_clusters must be a whole number"),
         ({"n_clusters": 500}, "n_clusters=500 and 80 points"),
         ({"batch_size": 0}, "batch_size"),
-        ({"max_disagreement": 0}, "max_disagreement must lie between 0 and 1"),
-        ({"confidence": 1}, "confidence must lie between 0 and 1"),
-        ({"holdout": 1}, "holdout must lie between 0 and 1"),
-        ({"max_disagreement": "0.1"}, "max_disagreement must lie between"),
-        ({"random_state": None}, "random_state must be a whole number"),
+        ({"max_disagreement": 0}, r"max_disagreement must be a number in \(0, 1\)"),
+        ({"confidence": 1}, r"confidence must be a number in \(0, 1\)"),
+        ({"holdout": 1}, r"holdout must be a number in \[0, 1\)"),
+        ({"max_disagreement": "0.1"}, "max_disagreement must be a number"),
+        ({"seed": None}, "seed must be a whole number"),
         ({"device": "gpu"}, "device 'gpu' cannot be used"),
         ({"rule": "best"}, "rule 'best' does not exist"),
         ({"rule": "sdn", "rule_options": {"depth": 2}}, "rule 'sdn' has no option 'depth'"),
@@ -193,11 +196,11 @@ def test_manual_stages_give_the_same_clusters(rgb_digits):
         ({"thresholds": "best"}, "thresholds must be one of"),
         ({"cost": "money"}, "cost must be one of"),
         ({"rule": "sdn", "rule_options": {"hidden": "64"}}, "hidden='64'"),
-        ({"rule_options": "hidden"}, "rule_options must map names to values"),
+        ({"rule_options": "hidden"}, "rule_options must be a dictionary by name or None"),
         ({"patience": 0}, "patience must be a whole number"),
         ({"patience": 9}, "patience 9 lets nothing leave at 8 exits"),
         ({"preprocessing": nn.Identity()}, "must be an ssl_exit.Preprocessing or None; got Identity"),
-        ({"descriptor": "best"}, "descriptor 'best' does not exist"),
+        ({"descriptor": "best"}, "descriptor must be one of"),
         ({"exits": ["layer7"]}, "names no node of CifarResNet"),
         ({"exits": []}, "no exit point"),
     ],
@@ -221,7 +224,7 @@ def test_wrong_images_and_unfitted_use_are_refused(encoder, rgb_digits):
         c.predict(rgb_digits[:10, :, :16])
     with pytest.raises(InputError, match="targets must have shape"):
         c.evaluate(rgb_digits[:10], np.zeros(9))
-    with pytest.raises(InputError, match="begin must be the position of an image"):
+    with pytest.raises(InputError, match="start must be the position of an image"):
         next(c.stream(rgb_digits[:10], -5))
 
 
@@ -242,7 +245,7 @@ def test_an_encoder_may_change_its_images_in_place(rgb_digits, rewritten):
     encoder = nn.Sequential(Shift(), body) if rewritten else nn.Sequential(Shift(), *maps, Strided())
     images, before = rgb_digits[:500], rgb_digits[:500].clone()
     c = clusterer(encoder).fit(images)
-    assert (c.cascade_.tapped.layout == torch.channels_last) == rewritten
+    assert c.model_.cascade.tapped.channels_last == rewritten
     found = c.evaluate(images[400:], [0] * 100)  # a list of targets is as good as an array
     np.testing.assert_array_equal(found.full_labels, c.predict_full(images[400:]))
     np.testing.assert_array_equal(found.result.labels, c.predict(images[400:]))
@@ -294,7 +297,7 @@ def test_supervised_exits_agree_with_the_classifier(classifier, rgb_digits):
     found = c.evaluate(rgb_digits[800:], answers)
     assert found.metrics["acc_full"] == 1
     assert found.metrics["acc"] == found.agreement  # plain accuracy, nothing is matched
-    assert c.n_sample_ == 0
+    assert c.model_.provenance.n_sample == 0
     with pytest.raises(AttributeError, match="there are classes, and no centroids"):
         _ = c.cluster_centers_
 
@@ -308,7 +311,7 @@ def test_supervised_exits_learn_the_classes_that_are_given(classifier, rgb_digit
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # nothing can exit
         c = clusterer(classifier, **exits | {"exits": traced}).fit(rgb_digits[:800], other[:800])
-    recorded, _ = c.cascade_.record(c._batches(c._open(rgb_digits[800:]), np.arange(200), "test"), 200)
+    recorded, _ = record(c.model_.cascade, batches_of(rgb_digits[800:], 64))
     assert (recorded.labels[:, -1] == other[800:]).mean() > (recorded.labels[:, -1] == answers[800:]).mean() + 0.3
 
 
@@ -333,15 +336,16 @@ def test_patience_and_ensembling_give_the_same_labels_however_images_are_batched
     exits = ["layer1.0", "layer1", "layer2.0", "layer2", "layer3.0"]
     c = clusterer(encoder, exits=exits, patience=2, ensemble=True).fit(rgb_digits[:800])
     unseen = rgb_digits[800:]
-    recorded, _ = c.cascade_.record(c._batches(c._open(unseen), np.arange(200), "test"), 200)
-    labels, taken = simulate(recorded, c.cascade_.thresholds.numpy())
+    recorded, _ = record(c.model_.cascade, batches_of(unseen, 64))
+    labels, taken = simulate(recorded, c.model_.cascade.thresholds)
     assert len(np.unique(taken)) >= 3
     for batch_size in (1, 7, 64, 500):
         c.batch_size = batch_size
         result = c.run(unseen)
         np.testing.assert_array_equal(result.labels, labels)
         np.testing.assert_array_equal(result.exits, taken)
-    c.cascade_.thresholds.zero_()  # patience alone
+    cascade = c.model_.cascade.at(np.zeros_like(c.model_.cascade.thresholds))  # patience alone
+    c.model_ = replace(c.model_, cascade=cascade)
     assert c.run(unseen).exits.min() == 1  # one exit cannot agree twice
 
 
@@ -364,7 +368,7 @@ def test_nothing_held_out_lets_nothing_exit_and_explain_says_so(encoder, rgb_dig
 def test_whole_maps_as_descriptors(encoder, rgb_digits):
     c = clusterer(encoder, rule="e2cm_released", descriptor="flatten", thresholds="exit", exits=["layer2", "layer3.0"])
     c.fit(rgb_digits[:300])
-    rule = c.cascade_.exit_rules[0]
+    rule = c.model_.cascade.rules[0]
     assert rule.dim == 32 * 16 * 16
     assert rule.macs == (5 + 1) * rule.dim
     assert c.predict(rgb_digits[300:340]).shape == (40,)
@@ -372,18 +376,18 @@ def test_whole_maps_as_descriptors(encoder, rgb_digits):
 
 def test_thresholds_one_an_exit_or_one_a_cluster(encoder, rgb_digits):
     exits = ["layer1", "layer2", "layer3.0"]
-    one_an_exit = clusterer(encoder, exits=exits, thresholds="exit").fit(rgb_digits[:600]).cascade_.thresholds
+    one_an_exit = clusterer(encoder, exits=exits, thresholds="exit").fit(rgb_digits[:600]).model_.cascade.thresholds
     assert (one_an_exit == one_an_exit[:, :1]).all()
-    by_class = clusterer(encoder, exits=exits, thresholds="cbt").fit(rgb_digits[:600]).cascade_.thresholds
+    by_class = clusterer(encoder, exits=exits, thresholds="cbt").fit(rgb_digits[:600]).model_.cascade.thresholds
     assert (by_class == by_class[:1]).all()
 
 
 def test_mirrored_images_are_counted_but_not_clustered(encoder, rgb_digits):
     plain, both = (clusterer(encoder, exits=["layer2"], mirror=m).fit(rgb_digits[:300]) for m in (False, True))
-    assert (plain.n_fit_, both.n_fit_) == (240, 480)
-    assert plain.n_sample_ == both.n_sample_ == 240
+    assert (plain.model_.provenance.n_fit, both.model_.provenance.n_fit) == (240, 480)
+    assert plain.model_.provenance.n_sample == both.model_.provenance.n_sample == 240
     np.testing.assert_array_equal(plain.cluster_centers_, both.cluster_centers_)
-    assert not torch.allclose(plain.cascade_.exit_rules[0].weight, both.cascade_.exit_rules[0].weight)
+    assert not torch.allclose(plain.model_.cascade.rules[0].weight, both.model_.cascade.rules[0].weight)
     again = clusterer(encoder, exits=["layer2"], mirror=True).fit(rgb_digits[:300])
     np.testing.assert_array_equal(both.predict(rgb_digits[300:400]), again.predict(rgb_digits[300:400]))
 
@@ -403,11 +407,11 @@ def test_time_as_the_cost_that_is_saved(encoder, rgb_digits, monkeypatch):
     """Where the last stage takes nearly all the time, an exit before it is all that pays."""
     exits = ["layer1.0", "layer3.0"]
 
-    def times(cascade, *_):
+    def times(*_):
         stages, exits = np.array([[0.05, 0.05, 0.9]]), np.array([[0.2, 0.0, 0.0]])
         return StageTimes(np.array([1]), stages, exits, np.zeros((1, 2)))
 
-    monkeypatch.setattr("ssl_exit.building.stage_times", times)
+    monkeypatch.setattr("ssl_exit.fitting.fit.stage_times", times)
     by_time = clusterer(encoder, exits=exits, cost="time").fit(rgb_digits[:800])
     exits_taken = by_time.run(rgb_digits[800:]).exits
     assert (exits_taken == 1).mean() > (
@@ -422,12 +426,12 @@ def test_a_stream_gives_what_run_gives_part_by_part(encoder, rgb_digits, monkeyp
     with pytest.warns(UserWarning, match="1 of 200 images could not be used"):
         whole = c.run(images)
     monkeypatch.setattr("ssl_exit.clusterer.PART", 4)
-    for begin in (0, 37):
-        parts = list(c.stream(images, begin))
+    for start in (0, 37):
+        parts = list(c.stream(images, start))
         assert [len(part.labels) for part in parts[:-1]] == [64] * (len(parts) - 1)
         for name in ("labels", "exits", "cost"):
             together = np.concatenate([getattr(part, name) for part in parts])
-            np.testing.assert_array_equal(together, getattr(whole, name)[begin:])
+            np.testing.assert_array_equal(together, getattr(whole, name)[start:])
     assert [list(part.skipped) for part in c.stream(images)] == [[], [6], [], []]
 
 
@@ -440,13 +444,14 @@ def test_bfloat16_answers_in_bfloat16_and_says_how_far_from_float32(encoder, rgb
     found = half.evaluate(images)
     np.testing.assert_array_equal(found.full_labels, half.predict_full(images))
     assert found.agreement_float32 == (in_float32 == found.full_labels).mean() > 0.9
-    assert half.cascade_.tapped.dtype == torch.bfloat16
+    assert half.model_.cascade.tapped.dtype == torch.bfloat16
     assert next(half.encoder_.parameters()).dtype == torch.float32
     half.save(tmp_path / "model")
     loaded = load(tmp_path / "model", encoder, device="cpu")
     np.testing.assert_array_equal(loaded.predict(images), half.predict(images))
     assert not loaded.certificate_.void
-    loaded.cascade_.tapped.dtype = torch.float32
+    other = clusterer(encoder).fit(rgb_digits[:800]).model_.cascade
+    loaded.model_ = replace(loaded.model_, cascade=replace(loaded.model_.cascade, tapped=other.tapped))
     assert loaded.certificate_.void
     with pytest.raises(InputError, match="precision must be one of"):
         clusterer(encoder, precision="float16").fit(images)
@@ -458,26 +463,26 @@ def test_compiled_full_batches_give_the_same(encoder, rgb_digits):
     plain = clusterer(encoder, exits=exits).fit(rgb_digits[:800])
     fast = clusterer(encoder, exits=exits, compile=True).fit(rgb_digits[:800])
     sizes = []
-    for segment in fast.cascade_.plan().segments:
+    for segment in fast.model_.plan.segments:
         segment.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
     for n in (200, 30, 1):
         np.testing.assert_array_equal(fast.predict(rgb_digits[800 : 800 + n]), plain.predict(rgb_digits[800 : 800 + n]))
-    assert fast.cascade_.compiles
+    assert fast.model_.plan.compiled
     assert set(sizes) == {64}
 
 
 def test_a_compiler_that_fails_is_a_warning(encoder, rgb_digits, monkeypatch):
     c = clusterer(encoder, exits=["layer2.1"], compile=True)
-    monkeypatch.setattr("ssl_exit.building.can_compile", lambda _: True)
+    monkeypatch.setattr("ssl_exit.cascade.plan.can_compile", lambda _: True)
     c.fit(rgb_digits[:400])
 
     def broken(*_):
         raise RuntimeError("no such compiler")
 
-    monkeypatch.setattr("ssl_exit.cascade.call_compiled", broken)
+    monkeypatch.setattr("ssl_exit.cascade.plan.call_compiled", broken)
     with pytest.warns(UserWarning, match=r"does not work here \(no such compiler\)"):
         labels = c.predict(rgb_digits[400:600])
-    assert not c.cascade_.compiles
+    assert not c.model_.plan.compiled
     np.testing.assert_array_equal(labels, c.predict(rgb_digits[400:600]))
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ssl_exit import EncoderSpec, ExitClusterer, Preprocessing, load, storage
-from ssl_exit.demo import digits_encoder
+from ssl_exit.encoders.small import digits_encoder
 from ssl_exit.errors import InputError
 from ssl_exit.training.run import seeded
 
@@ -51,7 +51,7 @@ def test_saving_a_loaded_model_again_gives_the_same_model(model, tmp_path):
 
 
 def test_a_spec_builds_its_own_encoder(digits, tmp_path):
-    spec = EncoderSpec("ssl_exit.demo:digits_encoder")
+    spec = EncoderSpec("ssl_exit.encoders.small:digits_encoder")
     settings = {"max_disagreement": 0.2, "confidence": 0.5, "progress": False, "device": "cpu"}
     c = ExitClusterer(spec, rule="prototypes", **settings).fit(digits[:900])
     c.save(tmp_path / "model")
@@ -98,7 +98,7 @@ def test_every_kind_of_model_comes_back_as_it_was(changes, digits, tmp_path):
 
 def test_a_loaded_model_can_be_fitted_again_from_the_saved_weights(digits, tmp_path):
     with seeded(1):
-        spec = EncoderSpec("ssl_exit.demo:digits_encoder")
+        spec = EncoderSpec("ssl_exit.encoders.small:digits_encoder")
         c = ExitClusterer(spec, max_disagreement=0.2, confidence=0.5, progress=False, device="cpu").fit(digits[:900])
     c.save(tmp_path / "model")
     loaded = load(tmp_path / "model", device="cpu")

@@ -1,1 +1,1 @@
-"""Images in: folders, tensors, datasets and loaders become one kind of source that yields batches."""
+"""Images to batches: sources, preprocessing, content hashes."""

@@ -1,10 +1,10 @@
-"""One kind of image source for a folder, a tensor, a Dataset or a DataLoader."""
+"""One kind of image source for a folder, a tensor, a Dataset or a DataLoader; for fitting, clustering and training."""
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,17 +23,16 @@ from torch.utils.data import (
 from ssl_exit.data.preprocessing import Preprocessing
 from ssl_exit.errors import InputError
 
-ImageData = Tensor | Dataset | DataLoader | str | Path
 EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 
 @dataclass(frozen=True)
 class Batch:
-    """A batch of images and where they stand in the data.
+    """A batch of images and their positions in the data.
 
     Attributes:
         indices: position of each image in the data, (N,) int64.
-        images: float32, (N, C, H, W).
+        images: (N, C, H, W); float32 as the encoder takes them, or pixels (see `open_images`).
         skipped: position and reason of each image that could not be used; they are not in `images`.
     """
 
@@ -48,40 +47,59 @@ def mirrored(batches: Iterable[Batch]) -> Iterator[Batch]:
         yield replace(batch, images=batch.images.flip(-1))
 
 
-class ImageSource(Protocol):
-    """Images by position: every kind of data becomes one of these."""
+class ImageSource:
+    """Images by position: every kind of data becomes one of these.
 
-    paths: list[str] | None
+    Attributes:
+        paths: file of every image, relative to the folder; None where images are no files.
+        targets: class of every image, (N,) int64, or None; for reports only.
+    """
 
-    def __len__(self) -> int: ...
+    paths: list[str] | None = None
+    targets: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        raise NotImplementedError
 
     def batches(self, order: np.ndarray, batch_size: int) -> Iterator[Batch]:
-        """Batches of the images at positions `order`, in that order; the last may be smaller."""
-        ...
+        """Batches of the images at positions `order`, (n,) int, in that order; the last may be smaller."""
+        raise NotImplementedError
+
+    def name(self, position: int) -> str:
+        """How a message refers to an image."""
+        return self.paths[position] if self.paths else f"position {position}"
 
 
-def open_images(data: ImageData, preprocessing: Preprocessing | None = None, num_workers: int = 0) -> ImageSource:
+ImageData = Tensor | Dataset | DataLoader | ImageSource | str | Path
+
+
+def open_images(
+    data: Any, preprocessing: Preprocessing | None = None, num_workers: int = 0, *, pixels: bool = False
+) -> ImageSource:
     """Make an image source.
 
     Args:
         data: a folder of images (searched recursively, sorted by path); a tensor, (N, C, H, W); a map-style
-            Dataset of images or of tuples whose first entry is the image; or a DataLoader over one, of which
-            the dataset, collate_fn and workers are used and the images come in dataset order.
+            Dataset of images or of tuples whose first entry is the image; a DataLoader over one, of which
+            the dataset, collate_fn and workers are used and the images come in dataset order; or a source.
             Floating-point images are taken as they are; uint8 and PIL images are preprocessed.
         preprocessing: for folders, uint8 and PIL images.
         num_workers: processes that decode images.
+        pixels: neither scale to [0, 1] nor standardise: uint8 images keep their pixels, resized and cropped.
 
     Raises:
-        InputError: data of another kind, empty, or in need of a preprocessing that is not given.
+        InputError: data of another kind, empty, or in need of a preprocessing that is missing.
     """
     if isinstance(data, (str, Path)):
-        source: ImageSource = _DatasetSource(FolderImages(Path(data), preprocessing), preprocessing, num_workers)
+        data = FolderImages(Path(data), preprocessing)
+    if isinstance(data, ImageSource):
+        source = data
     elif isinstance(data, Tensor):
-        source = _TensorSource(data, preprocessing)
+        source = TensorImages(data, preprocessing, pixels=pixels)
     elif isinstance(data, DataLoader):
-        source = _loader_source(data, preprocessing)
+        source = _loader_source(data, preprocessing, pixels)
     elif hasattr(data, "__getitem__") and hasattr(data, "__len__") and not isinstance(data, np.ndarray):
-        source = _DatasetSource(data, preprocessing, num_workers)
+        source = DatasetImages(data, preprocessing, num_workers, pixels=pixels)
     else:
         raise InputError(
             f"images must be a folder, an (N, C, H, W) tensor, a map-style Dataset or a DataLoader over one; got "
@@ -106,12 +124,12 @@ class FolderImages(Dataset):
 
     def __init__(self, folder: Path, preprocessing: Preprocessing | None) -> None:
         if not folder.is_dir():
-            raise InputError(f"{str(folder)!r} is not a folder; give a folder of images")
+            raise InputError(f"{str(folder)!r} is not a folder; expected a folder of images")
         if preprocessing is None:
             raise InputError("a folder of images needs a preprocessing (size, mean, std)")
-        found = (os.path.join(at, name) for at, _, names in os.walk(folder, followlinks=True) for name in names)
+        files = (os.path.join(where, name) for where, _, names in os.walk(folder, followlinks=True) for name in names)
         self.folder = folder
-        self.paths = sorted(os.path.relpath(p, folder) for p in found if Path(p).suffix.lower() in EXTENSIONS)
+        self.paths = sorted(os.path.relpath(p, folder) for p in files if Path(p).suffix.lower() in EXTENSIONS)
         if not self.paths:
             raise InputError(f"folder {str(folder)!r} holds no image files ({', '.join(EXTENSIONS)})")
         parents = [Path(path).parts[:-1] for path in self.paths]
@@ -131,39 +149,50 @@ class FolderImages(Dataset):
 
     def __getitem__(self, index: int) -> Tensor | Unreadable:
         """The preprocessed image, (C, size, size) float, or the reason why it cannot be read."""
-        return self._read(index, self.preprocessing)
+        return self.read(index, self.preprocessing)
 
-    def pixels(self, index: int) -> Tensor | Unreadable:
-        """The same, neither scaled nor standardised: (C, size, size) uint8, or the reason why it cannot be read."""
-        return self._read(index, self.preprocessing.pixels)
-
-    def _read(self, index: int, how: Callable[[Image.Image], Tensor]) -> Tensor | Unreadable:
+    def read(self, index: int, transform: Callable[[Image.Image], Tensor]) -> Tensor | Unreadable:
+        """One image, decoded and transformed, or the reason why it cannot be read."""
         try:
             with Image.open(self.folder / self.paths[index]) as image:
-                return how(image)
+                return transform(image)
         except Exception as error:  # decoders raise whatever a damaged file leads them to
             return Unreadable(f"{type(error).__name__}: {error}")
 
 
-class _TensorSource:
-    paths: list[str] | None = None
+class TensorImages(ImageSource):
+    """A tensor of images, (N, C, H, W).
 
-    def __init__(self, images: Tensor, preprocessing: Preprocessing | None) -> None:
+    Raises:
+        InputError: another shape or type, or uint8 without a preprocessing.
+    """
+
+    def __init__(
+        self,
+        images: Tensor,
+        preprocessing: Preprocessing | None = None,
+        targets: np.ndarray | None = None,
+        *,
+        pixels: bool = False,
+    ) -> None:
         if images.dim() != 4:
             raise InputError(f"a tensor of images has four dimensions, (N, C, H, W); got {tuple(images.shape)}")
-        _check_dtype(images.dtype, preprocessing)
-        self.images, self.preprocessing = images, preprocessing
+        self.images, self.targets = images, targets
+        self.convert = _Converter(preprocessing, pixels)
+        self.convert.check(images.dtype)
 
     def __len__(self) -> int:
         return len(self.images)
 
     def batches(self, order: np.ndarray, batch_size: int) -> Iterator[Batch]:
-        for at in range(0, len(order), batch_size):
-            indices = torch.from_numpy(order[at : at + batch_size])
-            yield Batch(indices, _as_float(self.images[indices], self.preprocessing))
+        for start in range(0, len(order), batch_size):
+            indices = torch.from_numpy(order[start : start + batch_size])
+            yield Batch(indices, self.convert(self.images[indices]))
 
 
-class _DatasetSource:
+class DatasetImages(ImageSource):
+    """A map-style dataset, read by a DataLoader."""
+
     def __init__(
         self,
         dataset: Any,
@@ -171,50 +200,74 @@ class _DatasetSource:
         num_workers: int,
         collate: Any = None,
         workers: Mapping[str, Any] | None = None,
+        *,
+        pixels: bool = False,
     ) -> None:
-        self.dataset, self.preprocessing, self.num_workers, self.collate = dataset, preprocessing, num_workers, collate
+        self.dataset, self.num_workers, self.collate = dataset, num_workers, collate
+        self.convert = _Converter(preprocessing, pixels)
         self.workers = workers or {}  # how they are started
-        self.paths = dataset.paths if isinstance(dataset, FolderImages) else None
+        if isinstance(dataset, FolderImages):
+            self.paths, self.targets = dataset.paths, dataset.targets
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def batches(self, order: np.ndarray, batch_size: int) -> Iterator[Batch]:
-        loader = DataLoader(
-            _Indexed(self.dataset, self.preprocessing, raw=self.collate is not None),
+        yield from DataLoader(
+            _Indexed(self.dataset, self.convert, untouched=self.collate is not None),
             batch_size=batch_size,
             sampler=map(int, order),  # a list of a million takes 36 MB
             num_workers=self.num_workers,
-            collate_fn=_Collate(self.collate, self.preprocessing),
-            generator=torch.Generator().set_state(torch.get_rng_state()),  # as the global one, which stays as it is
+            collate_fn=_Collate(self.collate, self.convert),
+            generator=torch.Generator().set_state(torch.get_rng_state()),  # the global one is not advanced
             **self.workers,
         )
-        yield from loader
+
+
+@dataclass(frozen=True)
+class _Converter:
+    """From what a dataset holds to what a batch holds."""
+
+    preprocessing: Preprocessing | None
+    pixels: bool
+
+    def check(self, dtype: torch.dtype) -> None:
+        if dtype == torch.uint8 and self.preprocessing is None:
+            raise InputError("uint8 and PIL images need a preprocessing (size, mean, std); or use float tensors")
+        if dtype != torch.uint8 and not dtype.is_floating_point:
+            raise InputError(f"images must be floating point or uint8; got {dtype}")
+
+    def __call__(self, images: Tensor | Image.Image) -> Tensor:
+        self.check(images.dtype if isinstance(images, Tensor) else torch.uint8)
+        if isinstance(images, Tensor) and images.dtype != torch.uint8:
+            return images if self.pixels else images.float()
+        assert self.preprocessing is not None
+        return self.preprocessing.pixels(images) if self.pixels else self.preprocessing(images)
 
 
 class _Indexed(Dataset):
     """Items of a dataset with their position; images come out as tensors, or as the reason why not."""
 
-    def __init__(self, dataset: Any, preprocessing: Preprocessing | None, raw: bool) -> None:
-        self.dataset, self.preprocessing, self.raw = dataset, preprocessing, raw
+    def __init__(self, dataset: Any, convert: _Converter, untouched: bool) -> None:
+        self.dataset, self.convert, self.untouched = dataset, convert, untouched
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> tuple[int, Any]:
+        if isinstance(self.dataset, FolderImages):
+            how = self.dataset.preprocessing
+            return index, self.dataset.read(index, how.pixels if self.convert.pixels else how)
         item = self.dataset[index]
-        if self.raw:
+        if self.untouched:
             return index, item
         image = item[0] if isinstance(item, (tuple, list)) else item
-        if isinstance(image, Image.Image):
-            _check_dtype(torch.uint8, self.preprocessing)
-            image = self.preprocessing(image)  # type: ignore[misc]
-        return index, image
+        return index, self.convert(image) if isinstance(image, Image.Image) else image
 
 
 class _Collate:
-    def __init__(self, collate: Any, preprocessing: Preprocessing | None) -> None:
-        self.collate, self.preprocessing = collate, preprocessing
+    def __init__(self, collate: Any, convert: _Converter) -> None:
+        self.collate, self.convert = collate, convert
 
     def __call__(self, items: list[tuple[int, Any]]) -> Batch:
         skipped: dict[int, str] = {index: image for index, image in items if isinstance(image, Unreadable)}
@@ -227,13 +280,13 @@ class _Collate:
         if not isinstance(images, Tensor) or images.dim() != 4 or len(images) != len(good):
             got = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
             raise InputError(f"a batch of {len(good)} images must be a tensor, (N, C, H, W); the dataset gave {got}")
-        return Batch(indices, _as_float(images, self.preprocessing), skipped)
+        return Batch(indices, self.convert(images), skipped)
 
     @staticmethod
     def _stack(images: list[Any]) -> Any:
         if not all(isinstance(image, Tensor) for image in images):
             raise InputError(
-                f"a dataset must give tensors or PIL images, or tuples that begin with one; got {images[0]!r:.80}"
+                f"a dataset must return tensors or PIL images, or tuples that begin with one; got {images[0]!r:.80}"
             )
         shapes = {tuple(image.shape) for image in images}
         if len(shapes) > 1:
@@ -241,9 +294,9 @@ class _Collate:
         return default_collate(images)
 
 
-def _loader_source(loader: DataLoader, preprocessing: Preprocessing | None) -> _DatasetSource:
+def _loader_source(loader: DataLoader, preprocessing: Preprocessing | None, pixels: bool) -> DatasetImages:
     if isinstance(loader.dataset, IterableDataset):
-        raise InputError("a loader over an IterableDataset has no positions; give a map-style Dataset")
+        raise InputError("a loader over an IterableDataset has no positions; use a map-style Dataset")
     single = loader.batch_sampler is None  # batch_size=None
     plain = single or type(loader.batch_sampler) is BatchSampler
     sampler = getattr(loader.batch_sampler, "sampler", loader.sampler) if plain else loader.batch_sampler
@@ -251,21 +304,9 @@ def _loader_source(loader: DataLoader, preprocessing: Preprocessing | None) -> _
     some = isinstance(sampler, RandomSampler) and (sampler.replacement or sampler.num_samples != n)
     if some or not isinstance(sampler, (SequentialSampler, RandomSampler)):
         raise InputError(
-            f"a loader with a {type(sampler).__name__} that chooses its own images has no place for the others; give "
+            f"a loader with a {type(sampler).__name__} that chooses its own images has no place for the others; use "
             "torch.utils.data.Subset of the dataset instead"
         )
     collate = None if single else loader.collate_fn
     workers = {"worker_init_fn": loader.worker_init_fn, "multiprocessing_context": loader.multiprocessing_context}
-    return _DatasetSource(loader.dataset, preprocessing, loader.num_workers, collate, workers)
-
-
-def _check_dtype(dtype: torch.dtype, preprocessing: Preprocessing | None) -> None:
-    if dtype == torch.uint8 and preprocessing is None:
-        raise InputError("uint8 and PIL images need a preprocessing (size, mean, std); or give float tensors")
-    if dtype != torch.uint8 and not dtype.is_floating_point:
-        raise InputError(f"images must be floating point or uint8; got {dtype}")
-
-
-def _as_float(images: Tensor, preprocessing: Preprocessing | None) -> Tensor:
-    _check_dtype(images.dtype, preprocessing)
-    return preprocessing(images) if preprocessing and images.dtype == torch.uint8 else images.float()
+    return DatasetImages(loader.dataset, preprocessing, loader.num_workers, collate, workers, pixels=pixels)

@@ -10,7 +10,6 @@ import torch
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from torchvision.transforms.v2 import functional as TF
 
 from ssl_exit.errors import InputError
 
@@ -71,6 +70,8 @@ class Preprocessing:
                 f"preprocessing takes uint8 images, (..., {len(self.mean)}, H, W); got {pixels.dtype}, "
                 f"{tuple(pixels.shape)}"
             )
+        from torchvision.transforms.v2 import functional as TF  # takes as long to import as torch
+
         short = round(self.size / self.crop)
         if min(pixels.shape[-2:]) != short:
             pixels = TF.resize(pixels, [short], antialias=True)
@@ -89,19 +90,21 @@ class Preprocessing:
         if image.mode.startswith("I"):  # 16-bit files
             deep = np.clip(np.asarray(image, dtype=np.float64) / 257, 0, 255)
             image = Image.fromarray(deep.round().astype(np.uint8))
-        return TF.pil_to_tensor(image.convert("RGB" if len(self.mean) == 3 else "L"))
+        from torchvision.transforms.v2.functional import pil_to_tensor
+
+        return pil_to_tensor(image.convert("RGB" if len(self.mean) == 3 else "L"))
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
-def trained_with(weights: str | None) -> Preprocessing | None:
-    """What images an encoder was trained on, where its weights file says so, as those of `ssl-exit train` do."""
+def preprocessing_of_weights(weights: str | None) -> Preprocessing | None:
+    """The preprocessing an encoder was trained with, if its weights file names it, as those of `ssl-exit train` do."""
     if weights is None or not weights.endswith(".safetensors") or not Path(weights).is_file():
         return None
     try:
         with safe_open(weights, "pt") as file:
-            found = (file.metadata() or {}).get(METADATA)
-        return Preprocessing(**json.loads(found)) if found else None
-    except (SafetensorError, TypeError, ValueError):  # whoever reads the weights says what is damaged
+            saved = (file.metadata() or {}).get(METADATA)
+        return Preprocessing(**json.loads(saved)) if saved else None
+    except (SafetensorError, TypeError, ValueError):  # reading the weights will say what is damaged
         return None

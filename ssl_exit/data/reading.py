@@ -1,7 +1,7 @@
 """Reading images for a model: with a progress bar, a check of their shape, and a warning of those left out."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from itertools import islice
@@ -14,68 +14,85 @@ from ssl_exit.errors import InputError
 
 
 def read(
-    source: ImageSource, order: np.ndarray, batch_size: int, shape: tuple[int, ...], what: str, progress: bool
+    source: ImageSource,
+    order: np.ndarray,
+    batch_size: int,
+    shape: tuple[int, ...] | None = None,
+    task: str = "",
+    *,
+    progress: bool = False,
 ) -> Iterator[Batch]:
-    """Batches of the images at given positions, (N, C, H, W) each.
+    """Batches of the images at the positions in `order`.
 
     Args:
         source: images.
         order: positions, (n,) int.
         batch_size: images a batch.
-        shape: what every image must have, (C, H, W).
-        what: they are read for, beside the bar.
+        shape: what every image must have, (C, H, W); None: that of the first.
+        task: named beside the progress bar.
         progress: show a bar, on a terminal and for more than one batch.
 
     Raises:
         InputError: images of another shape.
     """
     shown = progress and len(order) > batch_size
-    with tqdm(total=len(order), desc=what, unit="img", disable=None) if shown else nullcontext() as bar:
+    with tqdm(total=len(order), desc=task, unit="img", disable=None) if shown else nullcontext() as bar:
         for batch in source.batches(order, batch_size):
-            if len(batch.indices) and batch.images.shape[1:] != shape:
-                raise InputError(
-                    f"this model takes images of shape {shape}, as in fit(); got {tuple(batch.images.shape[1:])}"
-                )
+            if len(batch.indices):
+                shape = shape or tuple(batch.images.shape[1:])
+                if batch.images.shape[1:] != shape:
+                    raise InputError(
+                        f"this model takes images of shape {shape}, as in fit(); got {tuple(batch.images.shape[1:])}"
+                    )
             yield batch
             if bar is not None:
                 bar.update(len(batch.indices) + len(batch.skipped))
 
 
+def first_images(source: ImageSource, order: np.ndarray, batch_size: int) -> Batch:
+    """The first batch with a readable image.
+
+    Raises:
+        InputError: there is none.
+    """
+    reason = "there are none"
+    for batch in source.batches(order, batch_size):
+        if len(batch.indices):
+            return batch
+        reason = next(iter(batch.skipped.values()))
+    raise InputError(f"none of the {len(order)} images to fit on can be read; for example: {reason}")
+
+
 def parts(
-    batches: Iterator[Batch], begin: int, end: int, batch_size: int, most: int
+    batches: Iterator[Batch], start: int, stop: int, batch_size: int, most: int
 ) -> Iterator[tuple[Iterator[Batch], int]]:
-    """Batches of the images from `begin` to `end`, `most` batches at a time, and how many images each part has.
+    """Batches of the images from `start` to `stop`, `most` batches at a time, and how many images each part has.
 
     Every part must be read to its end before the next; positions in it count from its own first image.
     """
-    for first in range(begin, end, most * batch_size):
-        yield (_moved(batch, -first) for batch in islice(batches, most)), min(most * batch_size, end - first)
+    for first in range(start, stop, most * batch_size):
+        part = (_shifted(batch, -first) for batch in islice(batches, most))
+        yield part, min(most * batch_size, stop - first)
 
 
-def _moved(batch: Batch, by: int) -> Batch:
+def _shifted(batch: Batch, by: int) -> Batch:
     """The same batch at other positions."""
     skipped = {position + by: reason for position, reason in batch.skipped.items()}
     return replace(batch, indices=batch.indices + by, skipped=skipped)
 
 
-def warn_of_skipped(skipped: dict[int, str], source: ImageSource, listed: str = "") -> None:
+def warn_of_skipped(skipped: Mapping[int, str], source: ImageSource, listed: str = "") -> None:
     """One warning, to the caller of the caller, that names one of the images that could not be used.
 
     Args:
         skipped: position and reason of each.
         source: of the images.
-        listed: where a user finds all of them.
+        listed: where a user reads all of them.
     """
     if skipped:
         position, reason = next(iter(skipped.items()))
-        which = name_of(source, position)
         warnings.warn(
-            f"{len(skipped)} of {len(source)} images could not be used, such as {which} ({reason})"
+            f"{len(skipped)} of {len(source)} images could not be used, such as {source.name(position)} ({reason})"
             + (f"; {listed} lists all" if listed else ""),
             stacklevel=3,
         )
-
-
-def name_of(source: ImageSource, position: int) -> str:
-    """How to tell a user which image is meant."""
-    return source.paths[position] if source.paths else f"position {position}"

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torchvision
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ssl_exit.data.preprocessing import Preprocessing, trained_with
-from ssl_exit.encoders.resnet_cifar import (
+from ssl_exit.data.preprocessing import Preprocessing, preprocessing_of_weights
+from ssl_exit.encoders.small import (
+    digits_encoder,
     resnet18_cifar,
     resnet18_lightly,
     resnet18_sololearn,
@@ -23,14 +23,13 @@ from ssl_exit.encoders.resnet_cifar import (
 )
 from ssl_exit.errors import InputError
 
-OWN: dict[
-    str, tuple[Callable[[], nn.Module], str | None]
-] = {  # and the name of a classifier whose keys may be left over
+OWN: dict[str, tuple[Callable[[], nn.Module], str | None]] = {  # and a classifier whose keys may be left over
     "resnet20_cifar": (resnet20_cifar, "linear"),
     "resnet56_cifar": (resnet56_cifar, "linear"),
     "resnet18_cifar": (resnet18_cifar, "fc"),
     "resnet18_sololearn": (resnet18_sololearn, "fc"),
     "resnet18_lightly": (resnet18_lightly, None),
+    "digits_cnn": (digits_encoder, None),
 }
 OWN_STAGES = re.compile(r"staged\.stages\.\d+\.")  # in checkpoints of `train`
 PREFIXES = (
@@ -48,7 +47,7 @@ PREFIXES = (
 
 @dataclass(frozen=True)
 class EncoderSpec:
-    """How to build an encoder again: what a saved model remembers of it beside its weights.
+    """How to build an encoder again: its name, saved with a model beside the weights.
 
     Attributes:
         name: one of `OWN` (this library's, for small images), an architecture of torchvision or, with the prefix
@@ -75,15 +74,17 @@ class EncoderSpec:
         return encoder.eval()
 
     def preprocessing(self) -> Preprocessing | None:
-        """What images the weights were trained on, where they say so: files that `ssl-exit train` wrote, and what
-        torchvision and timm have to download (how pixels are interpolated is not theirs)."""
+        """The preprocessing the weights were trained with, where they name it: files that `ssl-exit train` wrote, and
+        weights that torchvision and timm download (interpolation may differ)."""
         if self.weights != "DEFAULT":
-            return trained_with(self.weights)
+            return preprocessing_of_weights(self.weights)
         if self.name.startswith("timm:") and importlib.util.find_spec("timm"):
             import timm
 
-            found = timm.get_pretrained_cfg(self.name[5:])
-            return Preprocessing(found.input_size[-1], found.mean, found.std, found.crop_pct) if found else None
+            config = timm.get_pretrained_cfg(self.name[5:])
+            return Preprocessing(config.input_size[-1], config.mean, config.std, config.crop_pct) if config else None
+        import torchvision
+
         if self.name in torchvision.models.list_models(torchvision.models):
             how = torchvision.models.get_model_weights(self.name)["DEFAULT"].transforms()
             (size,), (short,) = how.crop_size, how.resize_size
@@ -92,13 +93,12 @@ class EncoderSpec:
 
     def _architecture(self, download: bool) -> tuple[nn.Module, str | None]:
         """The architecture without its classifier, and the classifier's name (its keys may be left over)."""
-        if ":" in self.name and not self.name.startswith("timm:"):
-            if download:
-                raise InputError(f"{self.name!r} has no weights to download; give a weights file")
+        imported = ":" in self.name and not self.name.startswith("timm:")
+        if download and (imported or self.name in OWN):
+            raise InputError(f"{self.name!r} has no weights to download; name a weights file")
+        if imported:
             return _imported(self.name), None
         if self.name in OWN:
-            if download:
-                raise InputError(f"{self.name!r} has no weights to download; give a weights file")
             build, classifier = OWN[self.name]
             return build(), classifier
         if self.name.startswith("timm:"):
@@ -111,6 +111,8 @@ class EncoderSpec:
             model = timm.create_model(self.name[5:], pretrained=download, num_classes=0)
             classifier = timm.get_pretrained_cfg_value(self.name[5:], "classifier")
             return model, classifier if isinstance(classifier, str) else None
+        import torchvision
+
         if self.name not in torchvision.models.list_models(torchvision.models):
             raise InputError(
                 f"no encoder {self.name!r}: expected one of {sorted(OWN)}, a torchvision classification architecture, "
@@ -119,7 +121,7 @@ class EncoderSpec:
         model = torchvision.models.get_model(self.name, weights="DEFAULT" if download else None)
         linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
         if not linear:
-            raise InputError(f"{self.name!r} ends in no linear classifier that could be removed; give module:function")
+            raise InputError(f"{self.name!r} ends in no linear classifier that could be removed; use module:function")
         classifier = linear[-1]
         parent, _, leaf = classifier.rpartition(".")
         setattr(model.get_submodule(parent), leaf, nn.Identity())

@@ -20,13 +20,13 @@ def can_compile(device: torch.device) -> bool:
     try:
         torch.compile(_probe)(torch.zeros(8, device=device))
     except Exception as error:  # whatever is missing, and however torch says so
-        without_compiling(error)
+        warn_uncompiled(error)
         return False
     return True
 
 
-def without_compiling(error: Exception) -> None:
-    """Warn that things go on without torch.compile."""
+def warn_uncompiled(error: Exception) -> None:
+    """Warn that torch.compile is not used."""
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     warnings.warn(
         f"torch.compile does not work here ({reason}); going on without it. It needs a C++ compiler such as g++",

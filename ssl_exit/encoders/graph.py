@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
-from torchvision.models.feature_extraction import NodePathTracer
 
 from ssl_exit.errors import InputError
 
@@ -28,7 +28,7 @@ class ExitPoint:
     Attributes:
         name: the node's qualified name, as torchvision's feature extraction spells it.
         shape: the tensor's shape without the batch, e.g. (C, H, W).
-        cost: multiply-adds spent once this point is reached / those of the whole encoder, in [0, 1].
+        cost: multiply-adds spent once this point is reached / those of the full encoder, in [0, 1].
     """
 
     name: str
@@ -47,7 +47,7 @@ class TracedEncoder:
         points: legal exit points, in the order in which they run.
         nodes: the graph node of each legal exit point.
         dependent: the nodes that depend on the images.
-        macs: multiply-adds per image of the whole encoder.
+        macs: multiply-adds per image of the full encoder.
     """
 
     root: nn.Module
@@ -59,7 +59,7 @@ class TracedEncoder:
     macs: int
 
     def resolve(self, name: str) -> int:
-        """Index into `points` of an exit given by name; a module's name means its last node.
+        """Index into `points` of an exit by name; a module's name means its last node.
 
         Raises:
             InputError: no such node, or one at which more than one tensor crosses.
@@ -98,7 +98,7 @@ def list_exits(encoder: nn.Module | Sequence[nn.Module], example: Tensor) -> lis
 
 
 class Chain(nn.Module):
-    """A list of modules run in order and never traced into: stages given by hand."""
+    """A list of modules run in order and never traced into: stages of the user's."""
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         super().__init__()
@@ -169,6 +169,8 @@ def _symbolic_graph(root: nn.Module) -> tuple[fx.Graph, dict[fx.Node, str]]:
     """The fx graph of a module with every optional input bound to its default, and its node names."""
     parameters = list(inspect.signature(root.forward).parameters.values())
     optional = [p for p in parameters[1:] if p.default is not inspect.Parameter.empty]
+    from torchvision.models.feature_extraction import NodePathTracer  # takes as long to import as torch
+
     tracer = NodePathTracer(**_tracer_options(root))
     try:
         graph = tracer.trace(root, concrete_args={p.name: p.default for p in optional})
@@ -177,7 +179,7 @@ def _symbolic_graph(root: nn.Module) -> tuple[fx.Graph, dict[fx.Node, str]]:
         where = f"{frames[-1].filename}, line {frames[-1].lineno}: {frames[-1].line}" if frames else "its own code"
         raise InputError(
             f"{type(root).__name__} cannot be traced by torch.fx: {error} (at {where}). Expected a forward() free of "
-            "control flow that depends on the images; or give the stages by hand: a list of modules, run in order"
+            "control flow that depends on the images; or pass the stages as a list of modules, run in order"
         ) from error
     names = dict(tracer.node_to_qualname)
     _, *bound = [node for node in graph.nodes if node.op == "placeholder"]
@@ -241,18 +243,14 @@ class _Meter(fx.Interpreter):
 
     def measure(self, images: Tensor) -> dict[fx.Node, tuple[tuple[int, ...] | None, int]]:
         self.seen: dict[fx.Node, tuple[tuple[int, ...] | None, int]] = {}
-        fast_path = torch.backends.mha.get_fastpath_enabled()
-        torch.backends.mha.set_fastpath_enabled(False)  # its fused kernel is not counted
         try:
-            with torch.no_grad():
+            with torch.no_grad(), _NoFusedAttention():
                 self.run(images)
         except Exception as error:
             raise InputError(
                 f"the encoder cannot take images of shape {tuple(images.shape[1:])} and dtype {images.dtype}: {error}. "
-                "Give images as the encoder expects them (size, channels, dtype)"
+                "Use images as the encoder expects them (size, channels, dtype)"
             ) from error
-        finally:
-            torch.backends.mha.set_fastpath_enabled(fast_path)
         return self.seen
 
     def run_node(self, n: fx.Node) -> Any:
@@ -261,6 +259,13 @@ class _Meter(fx.Interpreter):
         shape = tuple(value.shape) if isinstance(value, Tensor) and value.is_floating_point() else None
         self.seen[n] = (shape, counter.get_total_flops())
         return value
+
+
+class _NoFusedAttention(TorchFunctionMode):
+    """In any function mode torch leaves out its fused transformer kernels, whose operations are not counted."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
 
 
 def stage_nodes(traced: TracedEncoder, exits: Sequence[fx.Node]) -> Iterator[list[fx.Node]]:

@@ -14,7 +14,7 @@ from ssl_exit.errors import InputError
 
 
 class TappedEncoder(nn.Module):
-    """Stages, and what is read off between them.
+    """Stages, and the descriptors computed between them.
 
     Attributes:
         staged: the encoder, cut at its exit points.
@@ -23,7 +23,7 @@ class TappedEncoder(nn.Module):
             their average.
         accumulate: whether an exit sees the descriptors of all earlier exits beside its own.
         dtype: in which stages take images.
-        layout: memory format in which they take them.
+        channels_last: whether they take them in that memory format.
     """
 
     _anchor: Tensor
@@ -35,14 +35,14 @@ class TappedEncoder(nn.Module):
         output: Descriptor,
         accumulate: bool,
         dtype: torch.dtype = torch.float32,
-        layout: torch.memory_format = torch.contiguous_format,
+        channels_last: bool = False,
     ) -> None:
         super().__init__()
         self.staged = staged
         self.descriptors = list(descriptors)
         self.output = output
         self.accumulate = accumulate
-        self.dtype, self.layout = dtype, layout
+        self.dtype, self.channels_last = dtype, channels_last
         ends = [0]
         for descriptor in self.descriptors:
             ends.append(ends[-1] + descriptor.dim)
@@ -94,7 +94,7 @@ class TappedEncoder(nn.Module):
         else:
             kinds = [descriptor] * len(shapes) if isinstance(descriptor, str) else list(descriptor)
             if len(kinds) != len(shapes):
-                raise InputError(f"{len(kinds)} descriptors were given for {len(shapes)} exits; give one an exit")
+                raise InputError(f"got {len(kinds)} descriptors for {len(shapes)} exits; expected one for each exit")
         descriptors = [Descriptor(*args, normalize) for args in zip(kinds, shapes, layouts, strict=True)]
         accumulate = accumulate and sum(d.dim for d in descriptors) <= WIDEST
         with torch.no_grad(), eval_mode(staged):
@@ -103,7 +103,7 @@ class TappedEncoder(nn.Module):
         return cls(staged, descriptors, Descriptor("average", shape, layout), accumulate)
 
     def for_inference(self, precision: str, image: Sequence[int]) -> "TappedEncoder":
-        """A copy made to run fast (see `for_inference`); this one stays as it is.
+        """A copy rewritten for speed (see `for_inference`); this one is left unchanged.
 
         Batch norms are folded and maps laid out channels last if the encoder then still computes the same in float32,
         on two images of noise; one whose code depends on strides, such as `x.view(...)` of a map, runs as it is.
@@ -120,8 +120,8 @@ class TappedEncoder(nn.Module):
             expected = self._copied("float32", rewrite=False).final_features(noise.clone())
             fast = self._copied("float32", rewrite=True)
             try:
-                found = fast.final_features(fast.enter(noise))
-                same = bool((found - expected).norm() <= 1e-3 * expected.norm() + 1e-6)
+                features = fast.final_features(fast.enter(noise))
+                same = bool((features - expected).norm() <= 1e-3 * expected.norm() + 1e-6)
             except RuntimeError:
                 same = False
             copied = self._copied(precision, rewrite=same)
@@ -136,12 +136,12 @@ class TappedEncoder(nn.Module):
         dtype = PRECISIONS[precision]
         stages = [for_inference(stage, dtype, rewrite=rewrite) for stage in self.staged.stages]
         staged = StagedEncoder(stages, self.staged.exit_points, self.staged.macs)
-        layout = torch.channels_last if rewrite else torch.contiguous_format
-        return TappedEncoder(staged, self.descriptors, self.output, self.accumulate, dtype, layout).eval()
+        return TappedEncoder(staged, self.descriptors, self.output, self.accumulate, dtype, rewrite).eval()
 
     def enter(self, images: Tensor) -> Tensor:
         """Images, (N, C, H, W) float32 on any device, as the first stage takes them."""
-        layout = self.layout if images.dim() == 4 else torch.contiguous_format
+        maps = self.channels_last and images.dim() == 4
+        layout = torch.channels_last if maps else torch.contiguous_format
         there = images.to(self.device, non_blocking=True)
         return there.to(self.dtype).contiguous(memory_format=layout)  # both in one call take twice as long
 

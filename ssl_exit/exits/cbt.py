@@ -38,7 +38,7 @@ def cbt_path(recorded: Recorded, costs: np.ndarray, mean_probabilities: np.ndarr
 
     Args:
         recorded: images that shape the path.
-        costs: cost of leaving at each exit and, last, of the whole encoder, (E + 1,).
+        costs: cost of leaving at each exit and, last, of the full encoder, (E + 1,).
         mean_probabilities: mean probabilities at each exit by final cluster, (E, K, K).
 
     Returns:

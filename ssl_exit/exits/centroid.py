@@ -1,7 +1,7 @@
 """Means of the final clusters under one shared metric: the library's default rule."""
 
 from ssl_exit.exits.mahalanobis import MahalanobisRule
-from ssl_exit.exits.rules import Training
+from ssl_exit.exits.rules import FitData
 
 
 class CentroidRule(MahalanobisRule):
@@ -14,7 +14,7 @@ class CentroidRule(MahalanobisRule):
 
     name = "centroid"
 
-    def fit(self, training: Training) -> None:
-        super().fit(training)
-        counts = training.statistics.counts
+    def fit(self, data: FitData) -> None:
+        super().fit(data)
+        counts = data.statistics.counts
         self.bias += (counts.clamp(min=0.5) / counts.sum()).log().float()

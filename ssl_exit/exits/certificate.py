@@ -1,4 +1,4 @@
-"""Certificates: how often labels differ from the whole encoder's, shown on held-out images without labels.
+"""Certificates: how often labels differ from the full encoder's, shown on held-out images without labels.
 
 Which promise is made is the `guarantee`, with eps = max_disagreement and delta = 1 - confidence:
 
@@ -10,22 +10,21 @@ Which promise is made is the `guarantee`, with eps = max_disagreement and delta 
                    may be above.
 
 All of them hold for images drawn like the held-out ones, and independently; copies of an image count once. They do not
-hold after a drift (see `ssl_exit.drift`), nor where held-out images resemble each other more than those to come do,
-such as frames of one film.
+hold after a drift (see `ssl_exit.exits.audit`), nor where held-out images resemble each other more than those to come
+do, such as frames of one film.
 """
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, get_args
 
 import numpy as np
-from scipy.stats import beta, binom
 
 from ssl_exit.exits.thresholds import NEVER, Recorded, simulate
-from ssl_exit.fingerprint import Fingerprint
+from ssl_exit.settings import Guarantee
 
 SURE = 2.0  # standard deviations by which an exit and label should pass to be tried
-GUARANTEES = ("overall", "cluster", "exit", "expectation")
+GUARANTEES = get_args(Guarantee)
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ class Part:
 
     Attributes:
         exit: index of the exit images leave at; None for all.
-        cluster: the label they leave with; where `exit` is None, the whole encoder's label.
+        cluster: the label they leave with; where `exit` is None, the full encoder's label.
         n: such images among those that certify.
         disagreements: of those.
         bound: Clopper-Pearson upper bound on the share, at the confidence of all parts together.
@@ -52,21 +51,21 @@ class Certificate:
     """What was shown of the thresholds in use, on held-out images that did not shape them.
 
     Attributes:
-        max_disagreement: eps, the share of images whose label may differ from the whole encoder's.
+        max_disagreement: eps, the share of images whose label may differ from the full encoder's.
         confidence: 1 - delta, the probability, over the draw of the held-out images, that the claim holds.
         guarantee: which claim (see above).
         n: held-out images on which settings were tried.
-        disagreements: of those, how many got another label than the whole encoder's.
+        disagreements: of those, how many got another label than the full encoder's.
         bound: Clopper-Pearson upper bound on the share of disagreement, at `confidence`, for a setting fixed
             in advance.
         early: share of those images that left before the end.
         settings: how many settings of the path were accepted; with none, nothing exits early.
-        cost: mean cost of those images / the whole encoder's.
+        cost: mean cost of those images / the full encoder's.
         cost_without: the least of a setting whose share seen is at most eps over all images, with no margin for chance:
             the difference is what certainty costs.
-        tests: how many parts share delta.
+        tests: number of parts that share delta.
         parts: of the finer guarantees, those where images may leave.
-        fingerprint: what the claim is about.
+        issued_for: hashes of what the claim is about, by name: encoder, preprocessing, exits, images, version.
         void: why it no longer holds; empty while it does.
     """
 
@@ -82,7 +81,7 @@ class Certificate:
     cost_without: float
     tests: int = 1
     parts: list[Part] = field(default_factory=list)
-    fingerprint: Fingerprint | None = None
+    issued_for: dict[str, str] | None = None
     void: str = ""
 
     def __str__(self) -> str:
@@ -103,7 +102,7 @@ class Certificate:
                 why = f"at least {needed} are needed"
             return (
                 f"no image may exit early: {self.n} held-out images certify no setting at disagreement <= {eps} {sure}"
-                f"{WHERE[self.guarantee]} ({why}; give calibrate() more images, raise max_disagreement or lower "
+                f"{WHERE[self.guarantee]} ({why}; call calibrate() with more images, raise max_disagreement or lower "
                 "confidence)"
             )
         claim = f"disagreement <= {eps} {sure}{WHERE[self.guarantee]}"
@@ -118,36 +117,91 @@ class Certificate:
             return fewest_on_average(self.max_disagreement)
         return fewest_images(self.max_disagreement, 1 - (1 - self.confidence) / self.tests)
 
-    def checked(self, now: Fingerprint) -> "Certificate":
-        """The same, void if what it is about is no longer what it was; images and version may be anything."""
-        assert self.fingerprint is not None
-        then = self.fingerprint
-        changed = [what for name, what in PARTS.items() if getattr(then, name) != getattr(now, name)]
+    def checked(self, now: Mapping[str, str]) -> "Certificate":
+        """The same, void if what it is about has other hashes now; images and version may be anything."""
+        then = self.issued_for or {}
+        changed = [what for name, what in PARTS.items() if then.get(name) != now[name]]
         return replace(self, void=f"{' and '.join(changed)} changed since it was issued" if changed else "")
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, given: dict[str, Any]) -> "Certificate":
-        """What `to_dict` gave."""
-        parts = [Part(**part) for part in given["parts"]]
-        fingerprint = Fingerprint(**given["fingerprint"]) if given["fingerprint"] else None
-        return cls(**given | {"parts": parts, "fingerprint": fingerprint})
+    def from_dict(cls, saved: dict[str, Any]) -> "Certificate":
+        """What `to_dict` returned."""
+        return cls(**saved | {"parts": [Part(**part) for part in saved["parts"]]})
 
 
 PARTS = {"encoder": "encoder", "preprocessing": "preprocessing", "exits": "thresholds, rules or clusters"}
 WHERE = {"overall": "", "cluster": " in every cluster", "exit": " at every exit and label", "expectation": ""}
 
 
+@dataclass(frozen=True)
+class SettingCounts:
+    """What every setting of a path does to held-out images, in numbers that add up over shards.
+
+    Attributes:
+        left: images that leave at each exit with each label, (S, E, K) int64.
+        wrong: of those, the ones whose label disagrees, (S, E, K) int64.
+        of_cluster: images of every final cluster, by the full encoder's label, (K,) int64.
+        wrong_of_cluster: of those, the ones that get another label, (S, K) int64.
+        ever_wrong: images that get another label at this setting or any before, (S,) int64.
+    """
+
+    left: np.ndarray
+    wrong: np.ndarray
+    of_cluster: np.ndarray
+    wrong_of_cluster: np.ndarray
+    ever_wrong: np.ndarray
+
+    @classmethod
+    def count(cls, path: np.ndarray, recorded: Recorded) -> "SettingCounts":
+        """Simulate every setting, thresholds (S, E, K), on recorded images."""
+        s, e, k = path.shape
+        left, wrong = np.zeros((s, e, k), dtype=np.int64), np.zeros((s, e, k), dtype=np.int64)
+        wrong_of_cluster, ever_wrong = np.zeros((s, k), dtype=np.int64), np.zeros(s, dtype=np.int64)
+        ever = np.zeros(len(recorded), dtype=bool)
+        for i, thresholds in enumerate(path):
+            labels, exits = simulate(recorded, thresholds)
+            disagrees, early = labels != recorded.final, exits < e
+            cell = exits * k + labels
+            left[i] = np.bincount(cell[early], minlength=e * k).reshape(e, k)
+            wrong[i] = np.bincount(cell[disagrees], minlength=e * k).reshape(e, k)
+            wrong_of_cluster[i] = np.bincount(recorded.final[disagrees], minlength=k)
+            ever |= disagrees
+            ever_wrong[i] = ever.sum()
+        return cls(left, wrong, np.bincount(recorded.final, minlength=k), wrong_of_cluster, ever_wrong)
+
+    def __add__(self, other: "SettingCounts") -> "SettingCounts":
+        """The counts of both sets of images, for the same path."""
+        return SettingCounts(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+    @property
+    def n(self) -> int:
+        """Number of images."""
+        return int(self.of_cluster.sum())
+
+    @property
+    def disagreements(self) -> np.ndarray:
+        """Images that get another label than the full encoder's, (S,)."""
+        return self.wrong_of_cluster.sum(1)
+
+    def cost(self, costs: np.ndarray) -> np.ndarray:
+        """Mean cost of every setting, (S,), with that of leaving at each exit and at the end, (E + 1,); 1 without
+        images."""
+        at_exit = self.left.sum(2)
+        at_end = self.n - at_exit.sum(1, keepdims=True)
+        return np.hstack([at_exit, at_end]) @ costs / self.n if self.n else np.ones(len(at_exit))
+
+
 def certify(
     path: np.ndarray,
-    recorded: Recorded,
+    counts: SettingCounts,
     costs: np.ndarray,
     max_disagreement: float,
     confidence: float,
     guarantee: str = "overall",
-) -> tuple[np.ndarray, Certificate]:
+) -> tuple[int, Certificate]:
     """Walk a path of settings and keep the cheapest of those accepted before the first that is not.
 
     Fixed-sequence testing (Angelopoulos et al., "Learn then Test", arXiv 2110.01052, section 3): the hypothesis
@@ -161,104 +215,67 @@ def certify(
 
     Args:
         path: thresholds of each setting, (S, E, K), the first of which lets nothing exit.
-        recorded: held-out images that did not shape the path.
-        costs: cost of leaving at each exit and, last, of the whole encoder, (E + 1,).
+        counts: of held-out images that did not shape the path.
+        costs: cost of leaving at each exit and, last, of the full encoder, (E + 1,).
         max_disagreement: eps.
         confidence: 1 - delta.
         guarantee: one of GUARANTEES.
 
     Returns:
-        The thresholds to use, (E, K), and their certificate.
+        The index of the setting to use, and its certificate.
     """
-    n, (_, e, k) = len(recorded), path.shape
+    n, k = counts.n, path.shape[2]
     tests = {"cluster": k, "exit": max(1, int((path < NEVER).any(0).sum()))}.get(guarantee, 1)
-    passes = _test(guarantee, recorded, k, e, max_disagreement, (1 - confidence) / tests)
-    accepted, settings, walking, least, without = 0, 0, True, np.inf, float(n) * costs[-1]
-    for i, thresholds in enumerate(path[1:], start=1):
-        labels, exits = simulate(recorded, thresholds)
-        wrong = labels != recorded.final
-        walking = walking and passes(thresholds, labels, exits, wrong)
-        cost = float(costs[exits].sum())
-        if walking and (thresholds < NEVER).any():
-            settings += 1
-            if cost <= least:
-                accepted, least = i, cost
-        if wrong.sum() <= max_disagreement * n:
-            without = min(without, cost)
-        elif not walking:
-            break
-    labels, exits = simulate(recorded, path[accepted])
-    wrong = labels != recorded.final
+    delta = (1 - confidence) / tests
+    opens: np.ndarray = np.asarray((path < NEVER).any((1, 2)))
+    cost, wrong = counts.cost(costs), counts.disagreements
+    passes = _passes(path, counts, guarantee, max_disagreement, delta)
+    passes[0] = True  # nothing exits
+    end = len(path) if passes.all() else int(passes.argmin())
+    accepted = np.flatnonzero(opens[:end])
+    chosen = int(accepted[len(accepted) - 1 - cost[accepted][::-1].argmin()]) if len(accepted) else 0
+    within = wrong <= max_disagreement * n
+    beyond = np.flatnonzero(~within[end:])
+    stop = end + int(beyond[0]) if len(beyond) else len(path)
     certificate = Certificate(
         max_disagreement=max_disagreement,
         confidence=confidence,
         guarantee=guarantee,
         n=n,
-        disagreements=int(wrong.sum()),
-        bound=upper_bound(int(wrong.sum()), n, confidence),
-        early=float((exits < e).mean()) if n else 0.0,
-        settings=settings,
-        cost=float(costs[exits].mean()) if n else 1.0,
-        cost_without=without / n if n else 1.0,
+        disagreements=int(wrong[chosen]),
+        bound=upper_bound(int(wrong[chosen]), n, confidence),
+        early=float(counts.left[chosen].sum() / n) if n else 0.0,
+        settings=len(accepted),
+        cost=float(cost[chosen]),
+        cost_without=float(cost[:stop][within[:stop]].min()) if n else 1.0,
         tests=tests,
-        parts=_parts(guarantee, path[accepted], labels, exits, wrong, recorded.final, (1 - confidence) / tests),
+        parts=_parts(guarantee, path[chosen], counts, chosen, delta),
     )
-    return path[accepted], certificate
+    return chosen, certificate
 
 
-Passes = Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray], bool]
+def _passes(path: np.ndarray, counts: SettingCounts, guarantee: str, eps: float, delta: float) -> np.ndarray:
+    """Which settings pass at level delta a part, (S,) bool."""
+    from scipy.special import bdtr  # the binomial distribution
 
-
-def _test(guarantee: str, recorded: Recorded, k: int, e: int, eps: float, delta: float) -> Passes:
-    """Whether a setting passes at level delta a part, from its thresholds, labels, exits and which of them disagree."""
-    n, ever = len(recorded), np.zeros(len(recorded), dtype=bool)
-
-    def overall(thresholds: np.ndarray, labels: np.ndarray, exits: np.ndarray, wrong: np.ndarray) -> bool:
-        return bool(binom.cdf(wrong.sum(), n, eps) <= delta)
-
-    def cluster(thresholds: np.ndarray, labels: np.ndarray, exits: np.ndarray, wrong: np.ndarray) -> bool:
-        of_each = np.bincount(recorded.final, minlength=k)
-        errors = np.bincount(recorded.final[wrong], minlength=k)
-        return bool((binom.cdf(errors, of_each, eps) <= delta).all())
-
-    def exit_(thresholds: np.ndarray, labels: np.ndarray, exits: np.ndarray, wrong: np.ndarray) -> bool:
-        leaving, errors = _cells(labels, exits, wrong, e, k)
-        open_ = thresholds < NEVER
-        return bool((binom.cdf(errors, leaving, eps) <= delta)[open_].all())
-
-    def expectation(thresholds: np.ndarray, labels: np.ndarray, exits: np.ndarray, wrong: np.ndarray) -> bool:
-        np.logical_or(ever, wrong, out=ever)
-        return bool((ever.sum() + 1) / (n + 1) <= eps)
-
-    return {"overall": overall, "cluster": cluster, "exit": exit_, "expectation": expectation}[guarantee]
-
-
-def _parts(
-    guarantee: str,
-    thresholds: np.ndarray,
-    labels: np.ndarray,
-    exits: np.ndarray,
-    wrong: np.ndarray,
-    final: np.ndarray,
-    delta: float,
-) -> list[Part]:
-    each: list[tuple[int | None, int, np.ndarray]] = []
+    if guarantee == "expectation":
+        return (counts.ever_wrong + 1) / (counts.n + 1) <= eps
     if guarantee == "cluster":
-        each = [(None, c, final == c) for c in range(thresholds.shape[1])]
+        return (bdtr(counts.wrong_of_cluster, counts.of_cluster, eps) <= delta).all(1)
+    if guarantee == "exit":
+        return ((bdtr(counts.wrong, counts.left, eps) <= delta) | (path == NEVER)).all((1, 2))
+    return np.asarray(bdtr(counts.disagreements, counts.n, eps) <= delta)
+
+
+def _parts(guarantee: str, thresholds: np.ndarray, counts: SettingCounts, setting: int, delta: float) -> list[Part]:
+    each: list[tuple[int | None, int, int, int]] = []
+    if guarantee == "cluster":
+        pairs = zip(counts.of_cluster.tolist(), counts.wrong_of_cluster[setting].tolist(), strict=True)
+        each = [(None, c, n, d) for c, (n, d) in enumerate(pairs)]
     elif guarantee == "exit":
-        each = [(x, c, (exits == x) & (labels == c)) for x, c in np.argwhere(thresholds < NEVER).tolist()]
-    return [
-        Part(x, c, m := int(at.sum()), d := int(wrong[at].sum()), upper_bound(d, m, 1 - delta)) for x, c, at in each
-    ]
-
-
-def _cells(labels: np.ndarray, exits: np.ndarray, wrong: np.ndarray, e: int, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """How many images leave at each exit with each label, and how many of those disagree: (E, K) each."""
-    early = exits < e
-    cell = exits[early] * k + labels[early]
-    leaving = np.bincount(cell, minlength=e * k)
-    errors = np.bincount(cell[wrong[early]], minlength=e * k)
-    return leaving.reshape(e, k), errors.reshape(e, k)
+        left, wrong = counts.left[setting], counts.wrong[setting]
+        each = [(x, c, int(left[x, c]), int(wrong[x, c])) for x, c in np.argwhere(thresholds < NEVER).tolist()]
+    return [Part(x, c, n, d, upper_bound(d, n, 1 - delta)) for x, c, n, d in each]
 
 
 def close_thin_cells(
@@ -275,6 +292,8 @@ def close_thin_cells(
         max_disagreement: eps.
         confidence: 1 - delta.
     """
+    from scipy.special import bdtr
+
     _, e, k = path.shape
     delta = (1 - confidence) / (e * k)
     scale = n / max(1, len(recorded))
@@ -288,7 +307,7 @@ def close_thin_cells(
             wrong = labels[leaving] != recorded.final[leaving]
             errors = scale * (0.5 + np.bincount(labels[leaving], weights=wrong, minlength=k))
             most = np.ceil(errors + SURE * np.sqrt(errors))
-            likely = binom.cdf(most, np.floor(expected), max_disagreement) <= delta
+            likely = bdtr(np.minimum(most, np.floor(expected)), np.floor(expected), max_disagreement) <= delta
             thresholds[x, ~likely] = NEVER
             here &= ~(leaving & likely[labels])
     return closed
@@ -296,11 +315,9 @@ def close_thin_cells(
 
 def most_disagreements(n: int, max_disagreement: float, confidence: float) -> int:
     """The most disagreements among n images that still certify eps: P(Bin(n, eps) <= k) <= delta; -1 if none."""
-    delta = 1 - confidence
-    k = int(binom.ppf(delta, n, max_disagreement))
-    while k >= 0 and binom.cdf(k, n, max_disagreement) > delta:
-        k -= 1
-    return k
+    from scipy.special import bdtr
+
+    return int(np.searchsorted(bdtr(np.arange(n + 1), n, max_disagreement), 1 - confidence, side="right")) - 1
 
 
 def fewest_images(max_disagreement: float, confidence: float) -> int:
@@ -315,4 +332,6 @@ def fewest_on_average(max_disagreement: float) -> int:
 
 def upper_bound(disagreements: int, n: int, confidence: float) -> float:
     """Clopper-Pearson upper bound on a share (Clopper & Pearson, Biometrika 1934), one-sided."""
-    return 1.0 if disagreements >= n else float(beta.ppf(confidence, disagreements + 1, n - disagreements))
+    from scipy.special import betaincinv
+
+    return 1.0 if disagreements >= n else float(betaincinv(disagreements + 1, n - disagreements, confidence))

@@ -4,10 +4,9 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from scipy.optimize import minimize
 from torch import Tensor, nn
 
-from ssl_exit.exits.rules import ExitRule, Training
+from ssl_exit.exits.rules import ExitRule, FitData
 
 
 class CombinedRule(ExitRule):
@@ -32,15 +31,15 @@ class CombinedRule(ExitRule):
     def rules(self) -> list[ExitRule]:
         return list(self.parts)  # type: ignore[arg-type]
 
-    def fit(self, training: Training) -> None:
+    def fit(self, data: FitData) -> None:
         for part in self.rules:
-            part.fit(training)
+            part.fit(data)
 
     @classmethod
-    def fit_all(cls, rules: Sequence[ExitRule], trainings: Sequence[Training], costs: np.ndarray) -> None:
+    def fit_all(cls, rules: Sequence[ExitRule], data: Sequence[FitData], costs: np.ndarray) -> None:
         each_exit = [rule.rules for rule in rules if isinstance(rule, CombinedRule)]
         for parts in zip(*each_exit, strict=True):
-            type(parts[0]).fit_all(parts, trainings, costs)
+            type(parts[0]).fit_all(parts, data, costs)
 
     def logits(self, x: Tensor) -> Tensor:
         return torch.cat([part.logits(x) for part in self.rules], dim=1)
@@ -60,6 +59,8 @@ class CombinedRule(ExitRule):
         """Temperatures of the parts, then the weights that make held-out labels likeliest."""
         for part, z in zip(self.rules, self._split(logits), strict=True):
             part.fit_temperature(z, labels)
+        from scipy.optimize import minimize
+
         log_p = self._of_parts(logits).double()
 
         def loss(weights: np.ndarray) -> float:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ssl_exit.exits.means import EuclideanRule
-from ssl_exit.exits.rules import Training, squared_distances
+from ssl_exit.exits.rules import FitData, squared_distances
 
 
 class E2CMRule(EuclideanRule):
@@ -12,7 +12,7 @@ class E2CMRule(EuclideanRule):
 
     Gormez, Dasari & Koyuncu (arXiv 2103.01148): with d_k = |x - mu_k|, mu_k the mean of class (or final cluster) k
     at this exit, and D_k the mean of d_k over all training images, p = softmax(-d / D); an image leaves when
-    max_k p_k >= the threshold of the layer. D_k is taken over the sample that `Training` holds. No temperature
+    max_k p_k >= the threshold of the layer. D_k is taken over the sample that `FitData` holds. No temperature
     is fitted: the score is the paper's.
     """
 
@@ -24,12 +24,12 @@ class E2CMRule(EuclideanRule):
         super().__init__(dim, n_clusters)
         self.register_buffer("scale", torch.ones(n_clusters))
 
-    def fit(self, training: Training) -> None:
-        super().fit(training)
+    def fit(self, data: FitData) -> None:
+        super().fit(data)
         total = torch.zeros(self.n_clusters)
-        for part in training.sample.split(4096):
+        for part in data.sample.split(4096):
             total += squared_distances(part, self.means).sqrt().sum(0)
-        self.scale.copy_((total / len(training.sample)).clamp(min=1e-12))
+        self.scale.copy_((total / len(data.sample)).clamp(min=1e-12))
 
     def logits(self, x: Tensor) -> Tensor:
         return self.of_distances(squared_distances(x, self.means).sqrt())

@@ -28,7 +28,7 @@ class EENetRule(Head):
     because no linear function of a descriptor is large wherever one of K clusters is sure.
 
     Options:
-        tradeoff: lambda, what the whole encoder's cost is worth in nats. The options of `Head` besides.
+        tradeoff: lambda, what the full encoder's cost is worth in nats. The options of `Head` besides.
     """
 
     name = "eenet"
@@ -72,8 +72,8 @@ def cost_aware_loss(
     Args:
         answers: what each exit gives its target, in [0, 1], (B,) each.
         confidences: h of each exit, in [0, 1], (B,) each.
-        end: what the whole encoder gives the target, (B,).
-        costs: of leaving at each exit and, last, of the whole encoder, (E + 1,).
+        end: what the full encoder gives the target, (B,).
+        costs: of leaving at each exit and, last, of the full encoder, (E + 1,).
         tradeoff: lambda.
     """
     predicted, cost = end, costs[-1].expand(len(end))

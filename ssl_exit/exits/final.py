@@ -1,4 +1,4 @@
-"""What the whole encoder answers: the nearest final centroid or, in the supervised mode, its own class."""
+"""What the full encoder answers: the nearest final centroid or, in the supervised mode, its own class."""
 
 from abc import ABC, abstractmethod
 
@@ -72,7 +72,7 @@ class FinalClasses(Final):
 
 
 class FinalClusters(Final):
-    """Nearest final centroid: the answer the whole encoder gives.
+    """Nearest final centroid: the answer the full encoder gives.
 
     Attributes:
         centroids: (K, D); of unit length if `spherical`.

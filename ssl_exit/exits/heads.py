@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ssl_exit.errors import InputError
 from ssl_exit.exits.centroid import CentroidRule
-from ssl_exit.exits.rules import ExitRule, Training, likeliest_temperature
+from ssl_exit.exits.rules import ExitRule, FitData, likeliest_temperature
 
 BATCH = 256
 LEAST_STEPS = 1000
@@ -53,9 +53,9 @@ class Head(ExitRule):
         super().__init__(dim, n_clusters)
         if start not in STARTS:
             raise InputError(f"start must be one of {STARTS}; got {start!r}")
-        whole = isinstance(hidden, int) and isinstance(epochs, int) and hidden >= 0 and epochs >= 0
+        counts = isinstance(hidden, int) and isinstance(epochs, int) and hidden >= 0 and epochs >= 0
         real = all(isinstance(v, (int, float)) and v > 0 for v in (learning_rate, 1 if seconds is None else seconds))
-        if not (whole and real):
+        if not (counts and real):
             raise InputError(
                 "a head needs whole numbers hidden >= 0 and epochs >= 0, and seconds > 0 and learning_rate > 0; got "
                 f"hidden={hidden!r}, epochs={epochs!r}, seconds={seconds!r}, learning_rate={learning_rate!r}"
@@ -75,18 +75,18 @@ class Head(ExitRule):
     def macs(self) -> int:
         return self.weight.numel() + self.top.numel()
 
-    def fit(self, training: Training) -> None:
-        self.fit_all([self], [training], np.array([0.5, 1.0]))
+    def fit(self, data: FitData) -> None:
+        self.fit_all([self], [data], np.array([0.5, 1.0]))
 
     @classmethod
-    def fit_all(cls, rules: Sequence[ExitRule], trainings: Sequence[Training], costs: np.ndarray) -> None:
+    def fit_all(cls, rules: Sequence[ExitRule], data: Sequence[FitData], costs: np.ndarray) -> None:
         heads = [rule for rule in rules if isinstance(rule, Head)]
         trainees = nn.ModuleList()
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(trainings[0].seed)
-            for head, training in zip(heads, trainings, strict=True):
-                trainees.append(_Trainee(head, training))
-            heads[0]._train(trainees, trainings, torch.from_numpy(costs).float())
+            torch.manual_seed(data[0].seed)
+            for head, one in zip(heads, data, strict=True):
+                trainees.append(_Trainee(head, one))
+            heads[0]._train(trainees, data, torch.from_numpy(costs).float())
         for head, trainee in zip(heads, trainees, strict=True):
             trainee.hand_over(head)  # type: ignore[operator]
 
@@ -96,26 +96,26 @@ class Head(ExitRule):
         Args:
             outputs: logits of every exit, (B, width) each.
             labels: targets, (B,) int64.
-            soft: the whole encoder's soft assignment, (B, K).
-            costs: cost of leaving at each exit and, last, of the whole encoder, (E + 1,).
+            soft: the full encoder's soft assignment, (B, K).
+            costs: cost of leaving at each exit and, last, of the full encoder, (E + 1,).
             progress: of training, in [0, 1).
         """
         return torch.stack([F.cross_entropy(z, labels) for z in outputs]).sum()
 
-    def _train(self, trainees: nn.ModuleList, trainings: Sequence[Training], costs: Tensor) -> None:
+    def _train(self, trainees: nn.ModuleList, data: Sequence[FitData], costs: Tensor) -> None:
         optimizer = torch.optim.AdamW(trainees.parameters(), lr=self.learning_rate, weight_decay=0.01, fused=True)
-        labels, soft = trainings[0].labels, trainings[0].soft
-        widest = max((training.sample for training in trainings), key=lambda sample: sample.shape[1])
-        nested = all(training.sample.data_ptr() == widest.data_ptr() for training in trainings)
+        labels, soft = data[0].labels, data[0].soft
+        widest = max((one.sample for one in data), key=lambda sample: sample.shape[1])
+        nested = all(one.sample.data_ptr() == widest.data_ptr() for one in data)
         trainees.train()
         for progress, rows in self._batches(len(labels)):
             for group in optimizer.param_groups:
                 group["lr"] = self.learning_rate * one_cycle(progress)
             if nested:  # accumulated descriptors: one gather serves all exits
                 wide = widest[rows]
-                seen = [wide[:, : training.sample.shape[1]] for training in trainings]
+                seen = [wide[:, : one.sample.shape[1]] for one in data]
             else:
-                seen = [training.sample[rows] for training in trainings]
+                seen = [one.sample[rows] for one in data]
             outputs = [trainee(x) for trainee, x in zip(trainees, seen, strict=True)]
             loss = self.loss(outputs, labels[rows], soft[rows], costs, progress)
             optimizer.zero_grad(set_to_none=False)
@@ -145,9 +145,9 @@ class _Trainee(nn.Module):
     mean: Tensor
     scale: Tensor
 
-    def __init__(self, head: Head, training: Training) -> None:
+    def __init__(self, head: Head, data: FitData) -> None:
         super().__init__()
-        deviation, mean = torch.std_mean(training.sample, dim=0, correction=0)
+        deviation, mean = torch.std_mean(data.sample, dim=0, correction=0)
         flat = deviation <= 1e-6 * deviation.max().clamp(min=1e-30)  # an entry that never varies says nothing
         self.register_buffer("mean", mean)
         self.register_buffer("scale", torch.where(flat, 0.0, 1 / deviation))
@@ -159,18 +159,18 @@ class _Trainee(nn.Module):
             self.last = nn.Linear(head.hidden, head.width, bias=False)
             self.hidden = nn.Sequential(self.first, self.norm, nn.ReLU(), self.last)
         if head.start == "centroid":
-            self._start_as_centroids(head, training)
+            self._start_as_centroids(head, data)
 
     def forward(self, x: Tensor) -> Tensor:
         x = (x - self.mean) * self.scale
         return self.linear(x) if self.hidden is None else self.linear(x) + self.hidden(x)
 
-    def _start_as_centroids(self, head: Head, training: Training) -> None:
+    def _start_as_centroids(self, head: Head, data: FitData) -> None:
         rule = CentroidRule(head.dim, head.n_clusters)
-        rule.fit(training)
+        rule.fit(data)
         k = head.n_clusters
         with torch.no_grad():
-            temperature = likeliest_temperature(rule.logits(training.sample), training.labels)
+            temperature = likeliest_temperature(rule.logits(data.sample), data.labels)
             self.linear.weight.zero_()
             self.linear.bias.zero_()
             self.linear.weight[:k] = torch.where(self.scale > 0, rule.weight / self.scale, 0.0) / temperature

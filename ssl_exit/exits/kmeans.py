@@ -1,8 +1,6 @@
 """k-means by FAISS, and the matching of one set of clusters to another."""
 
-import faiss
 import numpy as np
-from scipy.optimize import linear_sum_assignment
 
 from ssl_exit.errors import InputError
 
@@ -34,11 +32,13 @@ def kmeans(
     Raises:
         InputError: more clusters than points, or points that are not finite.
     """
+    import faiss
+
     x = np.ascontiguousarray(x, dtype=np.float32)
     if not 1 <= n_clusters <= len(x):
         raise InputError(
             f"k-means needs 1 <= n_clusters <= number of points; got n_clusters={n_clusters} and {len(x)} points: "
-            "lower n_clusters or give more images"
+            "lower n_clusters or use more images"
         )
     if not np.isfinite(x).all():
         raise InputError("k-means needs finite points; remove those that are NaN or infinite")
@@ -67,6 +67,8 @@ def match_clusters(counts: np.ndarray) -> np.ndarray:
     Returns:
         For each cluster of the first clustering its partner in the second, (K,).
     """
+    from scipy.optimize import linear_sum_assignment
+
     rows, columns = linear_sum_assignment(counts, maximize=True)
     partner = np.empty(len(counts), dtype=np.int64)
     partner[rows] = columns

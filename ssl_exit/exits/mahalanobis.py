@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ssl_exit.exits.rules import ExitRule, Training
+from ssl_exit.exits.rules import ExitRule, FitData
 
 
 class MahalanobisRule(ExitRule):
@@ -24,8 +24,8 @@ class MahalanobisRule(ExitRule):
         self.register_buffer("weight", torch.zeros(n_clusters, dim))
         self.register_buffer("bias", torch.zeros(n_clusters))
 
-    def fit(self, training: Training) -> None:
-        statistics = training.statistics
+    def fit(self, data: FitData) -> None:
+        statistics = data.statistics
         covariance = statistics.within_covariance
         deviation = covariance.diagonal().clamp(min=0).sqrt()
         constant = deviation <= 1e-6 * deviation.max().clamp(min=1e-30)  # an entry that never varies says nothing

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ssl_exit.exits.rules import ExitRule, Training, squared_distances
+from ssl_exit.exits.rules import ExitRule, FitData, squared_distances
 
 
 class EuclideanRule(ExitRule):
@@ -18,9 +18,9 @@ class EuclideanRule(ExitRule):
         self.register_buffer("means", torch.zeros(n_clusters, dim))
         self.register_buffer("absent", torch.zeros(n_clusters))
 
-    def fit(self, training: Training) -> None:
-        self.means.copy_(training.statistics.means)
-        self.absent.copy_(1e9 * (training.statistics.counts == 0))
+    def fit(self, data: FitData) -> None:
+        self.means.copy_(data.statistics.means)
+        self.absent.copy_(1e9 * (data.statistics.counts == 0))
 
     def logits(self, x: Tensor) -> Tensor:
         return -squared_distances(x, self.means) - self.absent

@@ -10,7 +10,7 @@ from ssl_exit.exits.heads import Head
 
 
 class MLPRule(Head):
-    r"""One hidden layer at every exit, taught by the whole encoder's soft assignment; score = largest probability.
+    r"""One hidden layer at every exit, taught by the full encoder's soft assignment; score = largest probability.
 
     Training minimises sum_i cross-entropy(q, softmax(z_i)), with q the soft assignment of the same image to the
     final clusters, softmax(cosine / 0.1) (self-distillation: Hinton et al., arXiv 1503.02531; Zhang et al., Be

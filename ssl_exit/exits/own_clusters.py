@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from ssl_exit.exits.kmeans import kmeans, match_clusters
-from ssl_exit.exits.rules import ExitRule, Training, squared_distances
+from ssl_exit.exits.rules import ExitRule, FitData, squared_distances
 
 
 class KMeansRule(ExitRule):
@@ -18,9 +18,9 @@ class KMeansRule(ExitRule):
         super().__init__(dim, n_clusters)
         self.register_buffer("centroids", torch.zeros(n_clusters, dim))
 
-    def fit(self, training: Training) -> None:
-        sample, labels = training.sample, training.labels
-        centroids = kmeans(sample.numpy(), self.n_clusters, seed=training.seed)
+    def fit(self, data: FitData) -> None:
+        sample, labels = data.sample, data.labels
+        centroids = kmeans(sample.numpy(), self.n_clusters, seed=data.seed)
         own = squared_distances(sample, torch.from_numpy(centroids)).argmin(1)
         final_of = match_clusters(_joint_counts(own, labels, self.n_clusters, self.n_clusters))
         self.centroids[torch.from_numpy(final_of)] = torch.from_numpy(centroids)
@@ -53,10 +53,10 @@ class PrototypesRule(ExitRule):
         self.register_buffer("unused", torch.full((n,), torch.inf))  # how much farther than it is a centroid counts
         self.register_buffer("log_p", torch.zeros(n, n_clusters))
 
-    def fit(self, training: Training) -> None:
-        sample, labels = training.sample, training.labels
+    def fit(self, data: FitData) -> None:
+        sample, labels = data.sample, data.labels
         n = max(1, min(len(self.centroids), len(sample) // 10))
-        centroids = kmeans(sample.numpy(), n, restarts=1, iterations=20, seed=training.seed)
+        centroids = kmeans(sample.numpy(), n, restarts=1, iterations=20, seed=data.seed)
         own = squared_distances(sample, torch.from_numpy(centroids)).argmin(1)
         counts = _joint_counts(own, labels, n, self.n_clusters)
         prior = np.bincount(labels, minlength=self.n_clusters) + 1.0

@@ -36,22 +36,22 @@ def rule_classes(name: str) -> list[type[ExitRule]]:
     return [RULES[each] for each in names]
 
 
-def options_of(cls: type) -> set[str]:
+def keyword_options(cls: type) -> set[str]:
     """Names of the options a class takes: the keyword arguments of it and of the classes it derives from."""
-    found: set[str] = set()
+    names: set[str] = set()
     for base in cls.__mro__:
         if "__init__" in vars(base):
             parameters = inspect.signature(vars(base)["__init__"]).parameters
-            found |= {p.name for p in parameters.values() if p.kind is p.KEYWORD_ONLY}
+            names |= {p.name for p in parameters.values() if p.kind is p.KEYWORD_ONLY}
             if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
                 break
-    return found
+    return names
 
 
 def check_rule(name: str, options: Mapping[str, Any] | None = None) -> None:
     """Raise InputError if there is no such rule or if it takes no such options."""
     classes = rule_classes(name)
-    known = set[str]().union(*(options_of(rule) for rule in classes))
+    known = set[str]().union(*(keyword_options(rule) for rule in classes))
     for option in options or {}:
         if option not in known:
             raise InputError(f"rule {name!r} has no option {option!r}; it has {sorted(known) or 'none'}")
@@ -74,7 +74,7 @@ def build_rules(
     check_rule(name, options)
 
     def build(rule: type[ExitRule], dim: int) -> ExitRule:
-        return rule(dim, n_clusters, **{k: v for k, v in (options or {}).items() if k in options_of(rule)})
+        return rule(dim, n_clusters, **{k: v for k, v in (options or {}).items() if k in keyword_options(rule)})
 
     classes = rule_classes(name)
     each = [[build(rule, dim) for rule in classes] for dim in dims]

@@ -7,7 +7,6 @@ from typing import ClassVar
 
 import numpy as np
 import torch
-from scipy.optimize import minimize_scalar
 from torch import Tensor, nn
 
 from ssl_exit.exits.statistics import ClusterStatistics
@@ -16,14 +15,14 @@ RULES: dict[str, type["ExitRule"]] = {}
 
 
 @dataclass(frozen=True)
-class Training:
-    """What the rule of one exit learns from.
+class FitData:
+    """What the rule of one exit is fitted to.
 
     Attributes:
         statistics: of all images of the fit.
         sample: descriptors of a random part of them, (m, D).
         labels: what to predict for that part, (m,) int64: final clusters, or classes in the supervised mode.
-        soft: the whole encoder's soft assignment of that part, (m, K), rows of sum 1; (m, 0) if no rule needs it.
+        soft: the full encoder's soft assignment of that part, (m, K), rows of sum 1; (m, 0) if no rule needs it.
         seed: for rules that draw.
     """
 
@@ -39,7 +38,7 @@ class ExitRule(nn.Module, ABC):
 
     The label is the cluster with the largest logit; the score is its softmax probability at a temperature
     fitted on held-out images (Guo et al., arXiv 1706.04599, section 4.2), so that a score of 0.9 means about
-    90 % agreement with the whole encoder.
+    90 % agreement with the full encoder.
 
     A subclass sets `name`, registers its arrays in `__init__` at shapes that depend on nothing but the
     arguments (so that they can be saved and loaded), and writes `fit`, `logits` and `macs`. Further keyword
@@ -69,7 +68,7 @@ class ExitRule(nn.Module, ABC):
         self.register_buffer("temperature", torch.ones(()))
 
     @abstractmethod
-    def fit(self, training: Training) -> None:
+    def fit(self, data: FitData) -> None:
         """Learn from images and their final clusters."""
 
     @abstractmethod
@@ -87,16 +86,16 @@ class ExitRule(nn.Module, ABC):
         return self.n_clusters
 
     @classmethod
-    def fit_all(cls, rules: Sequence["ExitRule"], trainings: Sequence[Training], costs: np.ndarray) -> None:
+    def fit_all(cls, rules: Sequence["ExitRule"], data: Sequence[FitData], costs: np.ndarray) -> None:
         """Fit the rules of all exits; one after the other, unless a rule trains them together.
 
         Args:
             rules: of this class, one for each exit.
-            trainings: one for each exit; all on the same images.
-            costs: cost of leaving at each exit and, last, of the whole encoder, (E + 1,).
+            data: one for each exit; all on the same images.
+            costs: cost of leaving at each exit and, last, of the full encoder, (E + 1,).
         """
-        for rule, training in zip(rules, trainings, strict=True):
-            rule.fit(training)
+        for rule, one in zip(rules, data, strict=True):
+            rule.fit(one)
 
     def log_probabilities(self, logits: Tensor) -> Tensor:
         """log p(final cluster): (N, width) -> (N, K)."""
@@ -123,6 +122,8 @@ class ExitRule(nn.Module, ABC):
 
 def likeliest_temperature(logits: Tensor, labels: Tensor) -> float:
     """argmin over T of the mean of -log softmax(logits / T)[label]; logits (n, K), labels (n,)."""
+    from scipy.optimize import minimize_scalar
+
     scaled = logits.double()
     rows = torch.arange(len(labels))
 

@@ -1,22 +1,22 @@
 """Thresholds per exit and cluster: what a setting does to stored scores, and a path of settings."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from itertools import pairwise
 
 import numpy as np
-from sklearn.linear_model import LogisticRegression
 
 NEVER = np.inf
 
 
 @dataclass(frozen=True)
 class Recorded:
-    """What every exit says of held-out images, and what the whole encoder says.
+    """What every exit says of held-out images, and what the full encoder says.
 
     Attributes:
         labels: label at each exit, (N, E) int64.
         scores: score at each exit, (N, E) in [0, 1] or NaN.
-        final: label of the whole encoder, (N,) int64.
+        final: label of the full encoder, (N,) int64.
     """
 
     labels: np.ndarray
@@ -25,6 +25,20 @@ class Recorded:
 
     def __len__(self) -> int:
         return len(self.final)
+
+    @classmethod
+    def empty(cls, n_exits: int) -> "Recorded":
+        """Of no images."""
+        return cls(np.empty((0, n_exits), np.int64), np.empty((0, n_exits), np.float32), np.empty(0, np.int64))
+
+    @classmethod
+    def joined(cls, parts: Sequence["Recorded"]) -> "Recorded":
+        """Of the images of all parts."""
+        return cls(*(np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(cls)))
+
+    def __add__(self, other: "Recorded") -> "Recorded":
+        """Of the images of both."""
+        return Recorded.joined([self, other])
 
 
 def simulate(recorded: Recorded, thresholds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -81,7 +95,7 @@ def threshold_path(
 
     Args:
         recorded: images that shape the path.
-        costs: cost of leaving at each exit and, last, of the whole encoder, (E + 1,).
+        costs: cost of leaving at each exit and, last, of the full encoder, (E + 1,).
         n_clusters: K.
         per_cluster: a threshold for every exit and cluster; otherwise one for every exit.
         steps: number of prices.
@@ -115,8 +129,10 @@ def foretold_agreement(recorded: Recorded) -> np.ndarray:
     One logistic regression an exit on the log-odds of the score (Platt scaling), so that rules may score on any
     scale. NaN scores foretell 0.
     """
+    from sklearn.linear_model import LogisticRegression
+
     agrees = recorded.labels == recorded.final[:, None]
-    found = np.zeros(recorded.scores.shape)
+    foretold = np.zeros(recorded.scores.shape)
     for exit_ in range(recorded.labels.shape[1]):
         usable = np.isfinite(recorded.scores[:, exit_])
         z, target = _log_odds(recorded.scores[usable, exit_].astype(np.float64)), agrees[usable, exit_]
@@ -126,8 +142,8 @@ def foretold_agreement(recorded: Recorded) -> np.ndarray:
             regression = LogisticRegression(C=100.0).fit(scaled, target)
             if regression.coef_[0, 0] > 0:
                 p = regression.predict_proba(scaled)[:, 1]
-        found[usable, exit_] = p
-    return found
+        foretold[usable, exit_] = p
+    return foretold
 
 
 Groups = list[tuple[int | slice, np.ndarray]]  # clusters that share a threshold, and their images by falling score

@@ -139,7 +139,7 @@ def _reason(
     best = max(rows, key=lambda row: row.surest)
     if best.surest < 1 - asked:
         return (
-            f"no image exits: even the surest {SUREST:.0%} at {best.name} agree with the whole encoder on only "
+            f"no image exits: even the surest {SUREST:.0%} at {best.name} agree with the full encoder on only "
             f"{best.surest:.1%}, and {1 - asked:.1%} is asked. The exits know too little of the final clusters: try "
             'rule="mlp", deeper exits, another number of clusters, an encoder trained for early exits, or a larger '
             "max_disagreement"

@@ -43,7 +43,7 @@ def plot_exits(
     ax.plot(costs, agreements, color="tab:blue", lw=1.5, label="threshold path")
     ax.plot(evaluation.cost_macs, evaluation.agreement, "o", color="tab:red", label="setting in use")
     ax.axvline(1, color="0.7", lw=0.8, ls="--")
-    ax.set(xlabel="cost (multiply-adds / whole encoder)", ylabel="agreement with the whole encoder", xlim=(0, 1.1))
+    ax.set(xlabel="cost (multiply-adds / full encoder)", ylabel="agreement with the full encoder", xlim=(0, 1.1))
     ax.grid(alpha=0.3)
     ax.legend(loc="lower right", fontsize=8)
     fig.suptitle(title, fontsize=11)

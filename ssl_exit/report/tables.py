@@ -3,8 +3,10 @@
 from collections.abc import Sequence
 
 from ssl_exit.encoders.graph import ExitPoint
+from ssl_exit.exits.certificate import Certificate
 from ssl_exit.measure.evaluation import Evaluation
 from ssl_exit.measure.explanation import Explanation
+from ssl_exit.model import Model
 
 
 def text_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -29,25 +31,54 @@ def exit_table(evaluation: Evaluation) -> str:
 
 
 def summary(evaluation: Evaluation) -> str:
-    """Agreement, cost and, where ground truth was given, metrics of early exit and of the whole encoder."""
+    """Agreement, cost and, where ground truth was given, metrics of early exit and of the full encoder."""
     lines = [
         f"images                    {evaluation.n}"
-        + (f" ({len(evaluation.result.skipped)} could not be used)" if evaluation.result.skipped else ""),
-        f"agreement                 {evaluation.agreement:.4f}  (labels equal to the whole encoder's)",
-        f"cost, multiply-adds       {evaluation.cost_macs:.3f}   (whole encoder = 1, exits' own included)",
+        + (f" ({evaluation.result.n_skipped} could not be used)" if evaluation.result.skipped else ""),
+        f"agreement                 {evaluation.agreement:.4f}  (labels equal to the full encoder's)",
+        f"cost, multiply-adds       {evaluation.cost_macs:.3f}   (full encoder = 1, exits' own included)",
         f"cost, measured time       {evaluation.cost_time:.3f}   ({evaluation.images_per_second:,.0f} images/s; whole "
         f"encoder {evaluation.images_per_second_full:,.0f}; by its parts' times {evaluation.cost_time_predicted:.3f})",
     ]
     for key in ("acc", "nmi", "ari"):
         if key in evaluation.metrics:
             early, full = evaluation.metrics[key], evaluation.metrics[f"{key}_full"]
-            lines.append(f"{key.upper()}, early / whole        {early:.4f} / {full:.4f}")
+            lines.append(f"{key.upper()}, early / full        {early:.4f} / {full:.4f}")
     if evaluation.agreement_float32 < 1:
         lines.append(
-            f"whole encoder, float32    {evaluation.agreement_float32:.4f} of its labels are the same in float32"
+            f"full encoder, float32    {evaluation.agreement_float32:.4f} of its labels are the same in float32"
         )
     lines.append(evaluation.verdict)
     return "\n".join(lines)
+
+
+def evaluation_report(evaluation: Evaluation, certificate: Certificate) -> str:
+    """Exits, agreement, cost and certificate."""
+    return f"{exit_table(evaluation)}\n\n{summary(evaluation)}\ncertificate               {certificate}"
+
+
+def fit_summary(model: Model) -> str:
+    """Costs of every exit, which exits were kept, descriptors, clusters and certificate of a model."""
+    cascade, times, certificate = model.cascade, model.cascade.times, model.certificate
+    assert times is not None
+    seconds = (times.stage_seconds.cumsum() + times.exit_seconds.cumsum()) / times.stage_seconds.sum()
+    costs = zip(cascade.exit_names, cascade.costs, seconds, strict=True)
+    rows = [(name, f"{macs:.3f}", f"{time:.3f}") for name, macs, time in costs]
+    kinds = ", ".join(sorted({descriptor.kind for descriptor in cascade.tapped.descriptors}))
+    seen = "those before it too" if cascade.tapped.accumulate else "its own alone"
+    used, directions = model.provenance, "directions of " * model.settings.clusters.spherical
+    return "\n".join(
+        [
+            text_table(("exit", "cost, multiply-adds", "cost, measured time"), rows),
+            *map(str, used.choices),
+            f"descriptors: {kinds}; an exit sees {seen}",
+            f"{model.settings.n_clusters} clusters of {directions}final features; k-means saw {used.n_sample} of "
+            f"{used.n_fit} images",
+            f"certificate: {certificate}",
+            f"held-out images cost {certificate.cost:.3f} of the full encoder; {certificate.cost_without:.3f} without "
+            "the margin for chance",
+        ]
+    )
 
 
 def exit_points_table(points: Sequence[ExitPoint]) -> str:

@@ -93,7 +93,7 @@ class SimCLR(_Contrastive):
         self.options["temperature"] = temperature
         self.criterion = contrastive_loss(temperature)
 
-    def losses(self, given: Tensor, views: Sequence[Tensor]) -> dict[str, Tensor]:
+    def losses(self, target: Tensor, views: Sequence[Tensor]) -> dict[str, Tensor]:
         projections = self._projections(self.tapped, self.heads, torch.cat(list(views)))
         with torch.autocast(self.device.type, enabled=False):
             return self._total([self.criterion(*z.chunk(2)) for z in projections])
@@ -142,7 +142,7 @@ class MoCo(_Contrastive):
     def stepped(self) -> list[TappedEncoder]:
         return [self.tapped, self.key_tapped]
 
-    def losses(self, given: Tensor, views: Sequence[Tensor]) -> dict[str, Tensor]:
+    def losses(self, target: Tensor, views: Sequence[Tensor]) -> dict[str, Tensor]:
         for query, key in ((self.tapped, self.key_tapped), (self.heads, self.key_heads)):
             update_momentum(query, key, self.key_momentum)
         one, two = views
@@ -156,8 +156,8 @@ class MoCo(_Contrastive):
         """Projections by the moving average, group by group in shuffled order: (N, C, H, W) -> (N, P) each."""
         shuffled, order = batch_shuffle(images)
         groups = shuffled.tensor_split(min(self.groups, len(images) // 2))
-        found = [self._projections(self.key_tapped, self.key_heads, group) for group in groups]
-        return [batch_unshuffle(torch.cat(each), order) for each in zip(*found, strict=True)]
+        projections = [self._projections(self.key_tapped, self.key_heads, group) for group in groups]
+        return [batch_unshuffle(torch.cat(each), order) for each in zip(*projections, strict=True)]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Memory banks too: lightly's are not part of its state."""

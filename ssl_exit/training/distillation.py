@@ -30,17 +30,17 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-import faiss
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssl_exit.data.pixels import Pixels
+from ssl_exit.data.images import ImageSource
 from ssl_exit.errors import InputError
 from ssl_exit.exits.eenet import FIRST_STAGE, cost_aware_loss
 from ssl_exit.exits.kmeans import kmeans, match_clusters
 from ssl_exit.exits.rules import likeliest_temperature
+from ssl_exit.training.loader import FullBatches
 from ssl_exit.training.module import ExitTraining, frozen_copy
 
 EXIT_LOSSES = ("soft", "eenet", "none")
@@ -49,7 +49,7 @@ BANK = 50_000  # images among which neighbours are sought
 CLUSTERED = 256  # images a cluster that k-means sees, and at least 10,000
 
 
-def _as_it_is(pixels: Tensor) -> Tensor:
+def _unchanged(pixels: Tensor) -> Tensor:
     return pixels
 
 
@@ -75,7 +75,7 @@ class SelfDistillation(ExitTraining):
         sharpness: s.
         mirror: whether an image and its mirror image mean the same; photographs mostly do, writing does not.
         hidden: units of the heads' hidden layer.
-        tradeoff: lambda of "eenet", what the whole encoder's cost is worth in nats.
+        tradeoff: lambda of "eenet", what the full encoder's cost is worth in nats.
 
     Raises:
         InputError: numbers out of range.
@@ -122,7 +122,7 @@ class SelfDistillation(ExitTraining):
         self.neighbours, self.sharpness = neighbours, sharpness
         self.final_temperature = final_temperature
         self.final_weight, self.tradeoff, self.mirror = final_weight, tradeoff, mirror
-        self.given_temperature, self.answers_alone = temperature, False
+        self.fixed_temperature, self.answers_alone = temperature, False
         self.register_buffer("temperature", torch.tensor(heat))
         width = n_clusters + (exit_loss == "eenet")
         exits = [] if exit_loss == "none" else self.tapped.seen
@@ -132,8 +132,9 @@ class SelfDistillation(ExitTraining):
         macs = torch.tensor(self.tapped.staged.macs, dtype=torch.float64).cumsum(0)
         self.costs = (macs / macs[-1]).float()
 
-    def attach(self, pixels: Pixels, positions: np.ndarray, seed: int) -> None:
-        self.pixels, self.positions, self.seed = pixels, positions, seed
+    def attach(self, source: ImageSource, positions: np.ndarray, seed: int) -> None:
+        self.source, self.positions, self.seed = source, positions, seed
+        self.batches = FullBatches(source)
         self.targets = torch.zeros(0, self.n_clusters)
 
     def on_train_epoch_start(self) -> None:
@@ -155,18 +156,18 @@ class SelfDistillation(ExitTraining):
         positions, pixels = batch
         return self.targets[positions], pixels
 
-    def losses(self, given: Tensor, views: Sequence[Tensor]) -> dict[str, Tensor]:
+    def losses(self, target: Tensor, views: Sequence[Tensor]) -> dict[str, Tensor]:
         described, output = self.tapped(views[0])
         outputs = [head(described[:, c]) for head, c in zip(self.heads, self.tapped.columns, strict=False)]
         with torch.autocast(self.device.type, enabled=False):
             prototypes = F.normalize(self.centroids - self.centroids.mean(0), dim=1)
             logits = F.normalize(output.float(), dim=1) @ prototypes.T / self.final_temperature
             if not outputs:
-                return {"loss": F.cross_entropy(logits, given)}
-            exits = self._at_exits([z.float() for z in outputs], logits, given)
+                return {"loss": F.cross_entropy(logits, target)}
+            exits = self._at_exits([z.float() for z in outputs], logits, target)
             answers = [z.detach().float()[:, : self.n_clusters].softmax(1) for z in outputs]
             follow = self._sharp(torch.stack(answers).mean(0))
-            final = F.cross_entropy(logits, torch.lerp(given, follow, self.mutual))
+            final = F.cross_entropy(logits, torch.lerp(target, follow, self.mutual))
         return {"loss": self.final_weight * final + exits, "final": final, "exits": exits}
 
     def _at_exits(self, outputs: list[Tensor], logits: Tensor, target: Tensor) -> Tensor:
@@ -189,14 +190,14 @@ class SelfDistillation(ExitTraining):
         few = np.random.default_rng(self.seed).permutation(self.positions)[: max(10_000, CLUSTERED * self.n_clusters)]
         features = torch.cat([one.cpu() for one in self._teach(few)])
         centroids = kmeans(features.numpy(), self.n_clusters, spherical=True, seed=self.seed)
-        found = torch.from_numpy(centroids)
+        matched = torch.from_numpy(centroids)
         if not first:
-            before, now = ((features @ c.T).argmax(1).numpy() for c in (self.centroids.cpu(), found))
+            before, now = ((features @ c.T).argmax(1).numpy() for c in (self.centroids.cpu(), matched))
             counts = np.zeros((self.n_clusters, self.n_clusters), dtype=np.int64)
             np.add.at(counts, (before, now), 1)
-            found = found[torch.from_numpy(match_clusters(counts))]
-        self.centroids.copy_(self._shared(found.to(self.device)))
-        if self.given_temperature is None:
+            matched = matched[torch.from_numpy(match_clusters(counts))]
+        self.centroids.copy_(self._shared(matched.to(self.device)))
+        if self.fixed_temperature is None:
             viewed = torch.cat([one.cpu() for one in self._teach(few, self.views)])
             c = self.centroids.cpu()
             likeliest = likeliest_temperature(features @ c.T, (viewed @ c.T).argmax(1))
@@ -209,40 +210,42 @@ class SelfDistillation(ExitTraining):
 
     def _soft_assignments(self) -> Tensor:
         """The teacher's answer on every image to train on; rows of others stay 0: (N, K)."""
-        targets = torch.zeros(len(self.pixels), self.n_clusters)
-        ways: list[Callable[[Tensor], Tensor]] = [_as_it_is, _mirrored] if self.mirror else [_as_it_is]
+        targets = torch.zeros(len(self.source), self.n_clusters)
+        ways: list[Callable[[Tensor], Tensor]] = [_unchanged, _mirrored] if self.mirror else [_unchanged]
         for way in ways:
-            at = 0
+            start = 0
             for features in self._teach(self.positions, way):
                 soft = (features @ self.centroids.T / self.temperature).softmax(1)
-                targets[self.positions[at : at + len(soft)]] += soft.cpu() / len(ways)
-                at += len(soft)
+                targets[self.positions[start : start + len(soft)]] += soft.cpu() / len(ways)
+                start += len(soft)
         if self.neighbours > 1:
             targets[self.positions] = self._among_neighbours(targets)
         return self._sharp(targets)
 
     def _among_neighbours(self, targets: Tensor) -> Tensor:
         """The mean target of the nearest neighbours of every image to train on: (N, K) -> (n, K)."""
+        import faiss
+
         bank = np.random.default_rng(self.seed).permutation(self.positions)[:BANK]
         index = faiss.IndexFlatIP(self.tapped.output.dim)
         for features in self._teach(bank):
             index.add(features.cpu().numpy())
-        found = []
+        means = []
         for features in self._teach(self.positions):
             _, near = index.search(features.cpu().numpy(), min(self.neighbours, len(bank)))
-            found.append(targets[torch.from_numpy(bank[near])].mean(1))
-        return torch.cat(found)
+            means.append(targets[torch.from_numpy(bank[near])].mean(1))
+        return torch.cat(means)
 
     def _sharp(self, p: Tensor) -> Tensor:
         """Probabilities, (N, K), to the power of `sharpness`; rows of zeros stay."""
         sharp = p.pow(self.sharpness)
         return sharp / sharp.sum(1, keepdim=True).clamp_min(torch.finfo(p.dtype).tiny)
 
-    def _teach(self, positions: np.ndarray, way: Callable[[Tensor], Tensor] = _as_it_is) -> Iterator[Tensor]:
+    def _teach(self, positions: np.ndarray, way: Callable[[Tensor], Tensor] = _unchanged) -> Iterator[Tensor]:
         """The teacher's final features of images seen in some way, of unit length, batch by batch: (B, F) float32."""
         self.teacher.eval()
-        for pixels in self.pixels.batches(positions, BATCH):
-            images = self.prepared(way(pixels.to(self.device)))
+        for batch in self.batches(positions, BATCH):
+            images = self.prepared(way(batch.images.to(self.device)))
             with torch.no_grad(), self._precision():
                 features = self.teacher.final_features(images)
             yield F.normalize(features.float(), dim=1)

@@ -7,13 +7,14 @@ from typing import Any
 from torch import Tensor
 
 from ssl_exit.data.preprocessing import Preprocessing
-from ssl_exit.data.views import DrawingViews, PhotoViews, light_views, moco_views, simclr_views
 from ssl_exit.encoders.tapped import TappedEncoder
 from ssl_exit.errors import InputError
-from ssl_exit.exits.registry import options_of
+from ssl_exit.exits.registry import keyword_options
+from ssl_exit.settings import Optimization
 from ssl_exit.training.contrastive import MoCo, SimCLR
 from ssl_exit.training.distillation import SelfDistillation
-from ssl_exit.training.module import ExitTraining, Optimization
+from ssl_exit.training.module import ExitTraining
+from ssl_exit.training.views import DrawingViews, PhotoViews, light_views, moco_views, simclr_views
 
 METHODS: dict[str, type[ExitTraining]] = {"simclr": SimCLR, "moco": MoCo, "distill": SelfDistillation}
 VIEWS: dict[str, Callable[[int], Callable[[Tensor], Tensor]]] = {
@@ -51,7 +52,7 @@ def build_training(
     views = {"distill": "light"}.get(method, method) if views == "auto" else views
     if views not in VIEWS:
         raise InputError(f"views must be 'auto' or one of {sorted(VIEWS)}; got {views!r}")
-    known = sorted(options_of(METHODS[method]))
+    known = sorted(keyword_options(METHODS[method]))
     for option in options or {}:
         if option not in known:
             raise InputError(f"method {method!r} has no option {option!r}; it has {known}")

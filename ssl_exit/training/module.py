@@ -3,7 +3,6 @@
 import copy
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
@@ -13,53 +12,21 @@ from lightly.models.utils import deactivate_requires_grad
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from ssl_exit.data.pixels import Pixels
+from ssl_exit.data.images import ImageSource
 from ssl_exit.data.preprocessing import Preprocessing
 from ssl_exit.encoders.tapped import TappedEncoder
 from ssl_exit.errors import InputError
+from ssl_exit.settings import Optimization
 
 Module = TypeVar("Module", bound=nn.Module)
 MODAL = (F.dropout, F.dropout2d, F.alpha_dropout, F.feature_alpha_dropout, F.batch_norm)
-OPTIMIZERS = ("sgd", "adamw")
-SCHEDULES = ("cosine", "one_cycle")
-
-
-@dataclass(frozen=True)
-class Optimization:
-    """How parameters are updated; the defaults are those of lightly's CIFAR-10 benchmark.
-
-    Attributes:
-        optimizer: "sgd" or "adamw".
-        learning_rate: its peak, for the batch size in use (lightly's benchmark: 0.06 for each 128 images).
-        momentum: of "sgd".
-        weight_decay: on all parameters.
-        schedule: "cosine", from the peak to 0; or "one_cycle", which rises to it first (arXiv 1708.07120).
-    """
-
-    optimizer: str = "sgd"
-    learning_rate: float = 0.06
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
-    schedule: str = "cosine"
-
-    def __post_init__(self) -> None:
-        if self.optimizer not in OPTIMIZERS or self.schedule not in SCHEDULES:
-            raise InputError(
-                f"optimizer must be one of {OPTIMIZERS} and schedule one of {SCHEDULES}; got {self.optimizer!r} and "
-                f"{self.schedule!r}"
-            )
-        if self.learning_rate <= 0 or not 0 <= self.momentum < 1 or self.weight_decay < 0:
-            raise InputError(
-                "an optimizer needs learning_rate > 0, momentum in [0, 1) and weight_decay >= 0; got "
-                f"{self.learning_rate}, {self.momentum} and {self.weight_decay}"
-            )
 
 
 class ExitTraining(pl.LightningModule):
     """Base of all ways to train an encoder and its exits, without labels.
 
-    A subclass defines `losses`. Batches come from `Pixels`; views are made of them where the encoder is, outside
-    of autocast.
+    A subclass defines `losses`. Batches come from an `EpochLoader`; views are computed where the encoder is,
+    outside of autocast.
 
     Attributes:
         tapped: the encoder and its exits; it is trained in place.
@@ -67,7 +34,7 @@ class ExitTraining(pl.LightningModule):
         preprocessing: whose mean and deviation standardise views; also the size of images that are decoded.
         optimization: how parameters are updated.
         n_views: drawn of every image.
-        options: of the method, by name; a checkpoint is gone on with only where they are the same.
+        options: of the method, by name; a checkpoint is continued only where they are the same.
 
     Raises:
         InputError: an encoder that cannot be trained (see `check_trainable`).
@@ -94,15 +61,15 @@ class ExitTraining(pl.LightningModule):
         return [self.tapped]
 
     @abstractmethod
-    def losses(self, given: Tensor, views: Sequence[Tensor]) -> dict[str, Tensor]:
+    def losses(self, target: Tensor, views: Sequence[Tensor]) -> dict[str, Tensor]:
         """What is minimised, "loss", and whatever else is worth a curve.
 
         Args:
-            given: positions of the images in the data, (B,) int64, or what `on_before_batch_transfer` made of them.
+            target: positions of the images in the data, (B,) int64, or what `on_before_batch_transfer` put there.
             views: standardised, (B, C, H, W) each.
         """
 
-    def attach(self, pixels: Pixels, positions: np.ndarray, seed: int) -> None:
+    def attach(self, source: ImageSource, positions: np.ndarray, seed: int) -> None:
         """Called once before training, with all images, the positions of those to train on, and a seed."""
 
     def prepared(self, images: Tensor) -> Tensor:
@@ -120,13 +87,13 @@ class ExitTraining(pl.LightningModule):
         return features.float()
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> tuple[Tensor, list[Tensor]]:
-        given, pixels = batch
-        return given, [self.prepared(self.views(pixels)) for _ in range(self.n_views)]
+        target, pixels = batch
+        return target, [self.prepared(self.views(pixels)) for _ in range(self.n_views)]
 
     def training_step(self, batch: tuple[Tensor, list[Tensor]], batch_idx: int) -> Tensor:
-        found = self.losses(*batch)
-        self.log_dict(found, prog_bar=True, batch_size=len(batch[0]))
-        return found["loss"]
+        losses = self.losses(*batch)
+        self.log_dict(losses, prog_bar=True, batch_size=len(batch[0]))
+        return losses["loss"]
 
     def configure_optimizers(self) -> Any:
         how = self.optimization
@@ -159,7 +126,7 @@ def check_trainable(tapped: TappedEncoder) -> None:
         if fixed:
             raise InputError(
                 f"the encoder calls {sorted(fixed)} as functions; its graph fixes their training mode: use modules "
-                "(nn.Dropout, nn.BatchNorm2d), or give the encoder as a list of modules"
+                "(nn.Dropout, nn.BatchNorm2d), or pass the encoder as a list of modules"
             )
 
 

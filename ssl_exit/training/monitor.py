@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from lightly.utils.benchmarking import knn_predict
 from torch import Tensor
 
-from ssl_exit.data.pixels import Pixels
+from ssl_exit.data.images import ImageSource
+from ssl_exit.training.loader import FullBatches
 
 NEIGHBOURS, TEMPERATURE = 200, 0.1  # as in lightly's benchmarks (Wu et al., arXiv 1805.01978)
 BANK = 20_000  # images among which neighbours are sought, at most
@@ -18,14 +19,14 @@ class NeighbourMonitor(pl.Callback):
     """Every few epochs, the accuracy of weighted nearest neighbours on images kept out of training, as "knn".
 
     Args:
-        pixels: images with classes.
+        source: images with classes.
         positions: of images among which neighbours are sought.
         held: of images to classify.
         every: epochs.
     """
 
-    def __init__(self, pixels: Pixels, positions: np.ndarray, held: np.ndarray, every: int) -> None:
-        self.pixels, self.held, self.every = pixels, held, every
+    def __init__(self, source: ImageSource, positions: np.ndarray, held: np.ndarray, every: int) -> None:
+        self.source, self.held, self.every = source, held, every
         self.bank = np.random.default_rng(0).permutation(positions)[:BANK]
 
     def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -35,15 +36,15 @@ class NeighbourMonitor(pl.Callback):
 
     def accuracy(self, module: pl.LightningModule) -> float:
         """Share of the held images whose neighbours name their class."""
-        targets = self.pixels.targets
+        targets = self.source.targets
         assert targets is not None
         bank = self._features(module, self.bank)
         predicted = knn_accuracy_predictions(bank, self._features(module, self.held), targets[self.bank])
         return float((predicted == targets[self.held]).mean())
 
     def _features(self, module: pl.LightningModule, positions: np.ndarray) -> Tensor:
-        batches = self.pixels.batches(positions, BATCH)
-        return torch.cat([module.features(x.to(module.device)) for x in batches])  # type: ignore[operator]
+        batches = FullBatches(self.source)(positions, BATCH)
+        return torch.cat([module.features(batch.images.to(module.device)) for batch in batches])  # type: ignore[operator]
 
 
 def knn_accuracy_predictions(bank: Tensor, queries: Tensor, classes: np.ndarray) -> np.ndarray:

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ssl_exit import EncoderSpec, Preprocessing
-from ssl_exit.encoders.resnet_cifar import resnet18_cifar, resnet18_lightly, resnet18_sololearn, resnet20_cifar
+from ssl_exit.encoders.small import resnet18_cifar, resnet18_lightly, resnet18_sololearn, resnet20_cifar
 from ssl_exit.encoders.tapped import TappedEncoder
 from ssl_exit.errors import InputError
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from ssl_exit import list_exits
 from ssl_exit.encoders.graph import trace
-from ssl_exit.encoders.resnet_cifar import resnet20_cifar
+from ssl_exit.encoders.small import resnet20_cifar
 from ssl_exit.encoders.stages import split
 from ssl_exit.errors import InputError
 

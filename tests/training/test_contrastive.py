@@ -10,7 +10,7 @@ from sklearn.datasets import load_digits
 from sklearn.neighbors import KNeighborsClassifier
 
 from ssl_exit.data.preprocessing import Preprocessing
-from ssl_exit.demo import digits_encoder
+from ssl_exit.encoders.small import digits_encoder
 from ssl_exit.encoders.tapped import TappedEncoder
 from ssl_exit.errors import InputError
 from ssl_exit.training.contrastive import contrastive_loss

@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 
 from ssl_exit import ExitClusterer
-from ssl_exit.data.pixels import PixelsInMemory
+from ssl_exit.training.loader import PixelsInMemory
 from ssl_exit.data.preprocessing import Preprocessing
-from ssl_exit.demo import digits_encoder
+from ssl_exit.encoders.small import digits_encoder
 from ssl_exit.encoders.tapped import TappedEncoder
 from ssl_exit.errors import InputError
 from ssl_exit.exits.eenet import cost_aware_loss

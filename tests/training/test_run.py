@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from ssl_exit import load
 from ssl_exit.cli import main
 from ssl_exit.data.preprocessing import Preprocessing
-from ssl_exit.demo import digits_encoder
+from ssl_exit.encoders.small import digits_encoder
 from ssl_exit.encoders.tapped import TappedEncoder
 from ssl_exit.errors import InputError
 from ssl_exit.training.contrastive import MoCo, SimCLR
@@ -27,7 +27,7 @@ from ssl_exit.training.module import Optimization
 from ssl_exit.training.monitor import knn_accuracy_predictions
 from ssl_exit.training.run import newest_checkpoint, seeded, train
 
-COMMON = ["--encoder", "ssl_exit.demo:digits_encoder", "--data", "digits", "--size", "8", "--mean", "[0.0]"]
+COMMON = ["--encoder", "ssl_exit.encoders.small:digits_encoder", "--data", "digits", "--size", "8", "--mean", "[0.0]"]
 COMMON += ["--std", "[1.0]", "--views", "drawing", "--optimizer", "adamw", "--learning-rate", "0.002"]
 COMMON += ["--device", "cpu"]
 
@@ -96,7 +96,7 @@ def test_stopped_and_resumed_likewise(tmp_path, words, monkeypatch):
 
 
 def test_images_that_workers_fetch_ahead_come_in_the_same_order_after_a_stop(tmp_path, image_folder, monkeypatch):
-    monkeypatch.setattr("ssl_exit.data.pixels.MEMORY_SHARE", 0)
+    monkeypatch.setattr("ssl_exit.training.loader.MEMORY_SHARE", 0)
     words = ["--epochs", "4", "--batch-size", "10", "--num-workers", "2", "--monitor-share", "0"]
     words += ["--data", str(image_folder)]
     seen: list[tuple[int, list[int]]] = []

@@ -1,0 +1,1 @@
+"""Plan and run: stages and exits joined, queues of survivors, results, measured times."""

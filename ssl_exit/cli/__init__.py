@@ -1,0 +1,110 @@
+"""The command line: ssl-exit COMMAND, each with --help and --config; options are made from signatures and settings.
+
+A command is a function in a module of its own, imported without torch, so that help and mistakes are answered at once.
+Arguments annotated with a group of settings become the options of that group.
+"""
+
+import inspect
+import sys
+import warnings
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any, get_type_hints
+
+from ssl_exit import __version__
+from ssl_exit.errors import InputError
+from ssl_exit.settings import Group, options_of
+
+ABOUT = "Label-free early exit for clustering with self-supervised encoders."
+COMMANDS = ("demo", "train", "fit", "predict", "evaluate", "list-exits")
+
+
+def main(args: list[str] | None = None) -> None:
+    """Entry point of `ssl-exit`: options may be written --n-clusters or --n_clusters.
+
+    Wrong input ends with one line on stderr and status 2, an interrupt with status 130.
+    """
+    words = [_underscored(word) for word in (sys.argv[1:] if args is None else args)]
+    if not words or words[0] in ("-h", "--help"):
+        print(_overview())
+        return
+    if words[0] == "--version":
+        print(f"ssl-exit {__version__}")
+        return
+    try:
+        function = command(words[0])
+        values = parser_of(words[0], function).parse_args(words[1:]).as_dict()
+        _own_the_process()
+        from ssl_exit.cascade.memory import kept_memory
+
+        with kept_memory():
+            function(**_arguments(function, values))
+    except (InputError, OSError) as error:
+        print(f"ssl-exit: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("ssl-exit: interrupted; no output is half-written; predict and train --resume continue", file=sys.stderr)
+        sys.exit(130)
+
+
+def command(name: str) -> Callable[..., None]:
+    """The function behind a command.
+
+    Raises:
+        InputError: no command of that name.
+    """
+    if name not in COMMANDS:
+        raise InputError(f"no command {name!r}; choose one of {', '.join(COMMANDS)}, or --help")
+    module = name.replace("-", "_")
+    return getattr(import_module(f"ssl_exit.cli.{module}"), module)
+
+
+def parser_of(name: str, function: Callable[..., None]) -> Any:
+    """A parser whose options are the function's arguments, with all options of those that are groups."""
+    from jsonargparse import ArgumentParser
+
+    groups = _groups(function)
+    description = (inspect.getdoc(function) or "").partition("\n\nArgs:")[0]
+    parser = ArgumentParser(prog=f"ssl-exit {name}", description=description)
+    parser.add_argument("--config", action="config", help="YAML file with any of these options")
+    parser.add_function_arguments(function, skip=set(groups), as_group=False)
+    for group in groups.values():
+        section = parser.add_argument_group(group.__name__, (group.__doc__ or "").partition("\n")[0])
+        for option in options_of(group):
+            text = option.help + (f" In {option.within}." if option.within else "")
+            section.add_argument(f"--{option.flag}", type=option.type, default=option.default, help=text)
+    return parser
+
+
+def _arguments(function: Callable[..., None], values: dict[str, Any]) -> dict[str, Any]:
+    groups = _groups(function)
+    own = {name: values[name] for name in inspect.signature(function).parameters if name not in groups}
+    return own | {name: group.from_flat(values) for name, group in groups.items()}
+
+
+def _groups(function: Callable[..., None]) -> dict[str, type[Group]]:
+    hints = get_type_hints(function)
+    return {name: hint for name, hint in hints.items() if isinstance(hint, type) and issubclass(hint, Group)}
+
+
+def _overview() -> str:
+    lines = [f"usage: ssl-exit COMMAND [options]\n\n{ABOUT}\n"]
+    for name in COMMANDS:
+        first = (inspect.getdoc(command(name)) or "").partition("\n")[0]
+        lines.append(f"  {name:<12}{first}")
+    return "\n".join([*lines, "\nssl-exit COMMAND --help lists the options of a command; --version the version."])
+
+
+def _own_the_process() -> None:
+    """What a program may do and a library may not: warnings as lines, and the current folder on the path."""
+    warnings.formatwarning = lambda message, *_args, **_kwargs: f"ssl-exit: {message}\n"
+    sys.path.insert(0, "")  # module:function may lie in the current folder
+    for notice in (DeprecationWarning, FutureWarning):  # of dependencies; nothing a user here can act on
+        warnings.simplefilter("ignore", notice)
+    warnings.filterwarnings("ignore", message=".* could not be used")  # commands list them one by one
+
+
+def _underscored(word: str) -> str:
+    """--n-clusters=5 -> --n_clusters=5"""
+    name, equals, value = word.partition("=")
+    return "--" + name[2:].replace("-", "_") + equals + value if name.startswith("--") else word

@@ -1,0 +1,55 @@
+"""ssl-exit fit"""
+
+from pathlib import Path
+
+from ssl_exit.errors import InputError
+from ssl_exit.settings import Settings
+
+
+def fit(
+    encoder: str,
+    data: str,
+    out: str,
+    settings: Settings,
+    weights: str | None = None,
+    size: int | None = None,
+    crop: float | None = None,
+    mean: list[float] | None = None,
+    std: list[float] | None = None,
+) -> None:
+    """Fit clusters, exits and thresholds to a folder of unlabelled images, and save the model.
+
+    Args:
+        encoder: a torchvision architecture, timm:NAME, resnet20_cifar, resnet56_cifar, or
+            module:function (in the current folder or on the Python path).
+        data: folder of images, searched recursively; labels are used in the supervised mode only, where sub-folders
+            are classes.
+        out: folder for the model.
+        settings: all parameters.
+        weights: weights file (.safetensors, .pt, .pth, .ckpt), or DEFAULT to download.
+        size: height and width in pixels of what the encoder sees; like crop, mean and std, if not set, that of the
+            training where the weights name it (those that `train` wrote, and DEFAULT), else 224 (1, ImageNet's).
+        crop: share of the shorter side kept by the centre crop.
+        mean: per channel, of pixels in [0, 1]; one entry for grey images.
+        std: per channel, of pixels in [0, 1].
+    """
+    from ssl_exit.cli.common import list_skipped, preprocessing_for
+    from ssl_exit.clusterer import ExitClusterer
+    from ssl_exit.data.images import FolderImages
+    from ssl_exit.encoders.build import EncoderSpec
+    from ssl_exit.report.tables import fit_summary
+    from ssl_exit.storage import check_model_folder
+
+    spec = EncoderSpec(encoder, weights)
+    imported = ":" in encoder and not encoder.startswith("timm:")
+    if weights is None and not imported and encoder != "digits_cnn":
+        raise InputError(f"encoder {encoder!r} needs --weights: a weights file, or DEFAULT to download")
+    check_model_folder(Path(out))  # before hours of work, not after
+    parameters = {name: getattr(settings, name) for name in settings.__dataclass_fields__}
+    preprocessing = preprocessing_for(spec, size=size, mean=mean, std=std, crop=crop)
+    c = ExitClusterer(spec, **parameters, preprocessing=preprocessing)
+    images = FolderImages(Path(data), preprocessing)
+    c.fit(images, images.targets if settings.clusters.supervised else None)
+    c.save(out)
+    list_skipped(c.skipped_, images.paths)
+    print(f"{fit_summary(c.model_)}\nmodel written to {out}")

@@ -1,0 +1,175 @@
+"""From held-out images to thresholds in use: temperatures, a path of settings, and the certificate of one of them."""
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from ssl_exit.cascade.cascade import Cascade
+from ssl_exit.data.hashes import SeenImages, images_hash, module_hash, unseen
+from ssl_exit.data.images import Batch, ImageSource
+from ssl_exit.data.reading import read
+from ssl_exit.errors import InputError
+from ssl_exit.exits.cbt import cbt_path
+from ssl_exit.exits.certificate import Certificate, SettingCounts, certify, close_thin_cells
+from ssl_exit.exits.thresholds import Recorded, threshold_path
+from ssl_exit.fitting.record import Logits, fit_temperatures, mean_probabilities, record, record_logits
+from ssl_exit.model import Model
+from ssl_exit.settings import Settings
+
+LOGITS_BYTES = 1 << 28  # for the logits of the images that shape the threshold path
+FITTED = "an image of the same content was used in fit()"
+SHAPED = "an image of the same content shaped the thresholds"
+SHAPING = 1 / 4  # share of the held-out images that shape the threshold path; the others certify
+
+Read = Callable[[np.ndarray, str], Iterable[Batch]]  # images at some positions; the task they are read for
+
+
+def reader(source: ImageSource, settings: Settings, shape: tuple[int, ...]) -> Read:
+    """Reads images of one shape, (C, H, W), from a source."""
+
+    def read_task(order: np.ndarray, task: str) -> Iterator[Batch]:
+        return read(source, order, settings.batch_size, shape, task, progress=settings.runtime.progress)
+
+    return read_task
+
+
+@dataclass(frozen=True)
+class Path:
+    """Settings to be tried on images that did not shape them.
+
+    Attributes:
+        cascade: with temperatures set; its thresholds let nothing exit.
+        settings: thresholds, (S, E, K), surest first.
+        recorded: the images that shaped them.
+    """
+
+    cascade: Cascade
+    settings: np.ndarray
+    recorded: Recorded
+
+
+def shape_path(cascade: Cascade, logits: Logits, settings: Settings) -> Path:
+    """Set temperatures, and search a path of threshold settings, from the logits of held-out images.
+
+    Args:
+        cascade: left unchanged.
+        logits: of all images that shape the path.
+        settings: thresholds and cost.
+    """
+    rules, recorded = fit_temperatures(cascade.rules, cascade.across, logits)
+    fresh = replace(cascade, rules=rules, thresholds=np.full_like(cascade.thresholds, np.inf))
+    costs, how = leaving_costs(cascade, settings.calibration.cost), settings.calibration.thresholds
+    if how == "cbt":
+        return Path(fresh, cbt_path(recorded, costs, mean_probabilities(rules, logits)), recorded)
+    return Path(fresh, threshold_path(recorded, costs, settings.n_clusters, per_cluster=how == "search"), recorded)
+
+
+def work(cascade: Cascade, cost: str) -> tuple[np.ndarray, np.ndarray]:
+    """Cost of every stage and of every exit's own work / the full encoder's, (E + 1,) each.
+
+    Args:
+        cascade: with measured times.
+        cost: "macs" for its multiply-adds, or "time".
+    """
+    assert cascade.times is not None
+    stage, own = cascade.times.stage_seconds, cascade.times.exit_seconds
+    own = own + np.append(cascade.times.move_seconds, 0)  # those that stay are moved into the next queue
+    if cost == "macs":
+        stage = np.array(cascade.tapped.staged.macs, dtype=np.float64)
+        own = np.diff(cascade.costs, prepend=0) * (stage.sum() + cascade.final.macs) - stage
+    full = stage.sum() + own[-1]
+    return stage / full, own / full
+
+
+def leaving_costs(cascade: Cascade, cost: str) -> np.ndarray:
+    """Cost of leaving at each exit and, last, of the full encoder, (E + 1,), in multiply-adds or time."""
+    return np.cumsum(np.add(*work(cascade, cost)))
+
+
+def certify_path(path: Path, counts: SettingCounts, settings: Settings) -> tuple[Cascade, Certificate]:
+    """The cascade at the cheapest setting that the counts certify, and its certificate.
+
+    Args:
+        path: settings that were tried.
+        counts: of images that did not shape them, all shards added up.
+        settings: guarantee, disagreement and confidence.
+    """
+    costs = leaving_costs(path.cascade, settings.calibration.cost)
+    eps, confidence = settings.max_disagreement, settings.confidence
+    setting, certificate = certify(path.settings, counts, costs, eps, confidence, settings.calibration.guarantee)
+    return path.cascade.at(path.settings[setting]), certificate
+
+
+def split_held_out(held: np.ndarray, logits_per_image: int) -> tuple[np.ndarray, np.ndarray]:
+    """Positions of held-out images, (n,): those that shape thresholds, as memory allows, and those that certify."""
+    room = LOGITS_BYTES // (4 * max(1, logits_per_image))
+    shaping, certifying = np.split(held, [min(round(SHAPING * len(held)), room)])
+    return shaping, certifying
+
+
+def calibrate(model: Model, read: Read, held: tuple[np.ndarray, np.ndarray], settings: Settings) -> Model:
+    """Thresholds and certificate from held-out images.
+
+    Images whose content was used before are skipped: copies of images that the model was fitted to, copies of each
+    other, and, among those that certify, copies of images that shape.
+
+    Args:
+        model: left unchanged.
+        read: returns images.
+        held: positions of the images that shape the threshold path, and of those that certify.
+        settings: max_disagreement, confidence and calibration are used.
+
+    Returns:
+        The model with new thresholds, path and certificate; its provenance says what was used and skipped.
+    """
+    shaping, certifying = held
+    cascade, how = model.cascade, settings.calibration
+    fitted = SeenImages([model.provenance.images])
+    shaped: list[np.ndarray] = []
+    logits, skipped = record_logits(cascade, unseen(read(shaping, "calibrate"), {FITTED: fitted}, shaped))
+    path = shape_path(cascade, logits, settings)
+    certified: list[np.ndarray] = []
+    seen = {FITTED: fitted, SHAPED: SeenImages(shaped)}
+    proof, more = record(path.cascade, unseen(read(certifying, "certify"), seen, certified))
+    if how.guarantee == "exit":  # by how many images certify, not by what they say
+        closed = close_thin_cells(
+            path.settings, path.recorded, len(proof), settings.max_disagreement, settings.confidence
+        )
+        path = replace(path, settings=closed)
+    counts = SettingCounts.count(path.settings, proof)
+    chosen, certificate = certify_path(path, counts, settings)
+    new = replace(
+        model,
+        cascade=chosen,
+        settings=replace(
+            model.settings,
+            max_disagreement=settings.max_disagreement,
+            confidence=settings.confidence,
+            batch_size=settings.batch_size,
+            calibration=how,
+        ),
+        path=path.settings,
+        path_disagreement=counts.disagreements / len(proof) if len(proof) else np.full(len(path.settings), np.nan),
+        encoder_hash=module_hash(model.encoder),
+    )
+    issued_for = new.hashes() | {"images": images_hash(SeenImages(certified).hashes)}
+    used = replace(model.provenance, shaped=SeenImages(shaped).hashes, calibration_skipped=skipped | more)
+    return replace(new, certificate=replace(certificate, issued_for=issued_for), provenance=used)
+
+
+def refuse_fitted(skipped: Mapping[int, str], source: ImageSource) -> None:
+    """Raise InputError if any of these images was used in fit()."""
+    again = [position for position, reason in skipped.items() if reason == FITTED]
+    if again:
+        raise InputError(
+            f"{len(again)} of the {len(source)} images were used in fit() already, such as {source.name(again[0])}; "
+            "calibrate on images that fit() did not see"
+        )
+
+
+def warn_of_nothing(certificate: Certificate, n_held: int, stacklevel: int) -> None:
+    """One warning where images were held out and nothing may exit early."""
+    if n_held and certificate.settings == 0:
+        warnings.warn(str(certificate), stacklevel=stacklevel + 1)

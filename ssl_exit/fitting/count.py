@@ -1,0 +1,185 @@
+"""Statistics of descriptors by final cluster: all that closed-form rules are fitted to, by addition."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ssl_exit.cascade.cascade import Cascade, describe, exit_costs
+from ssl_exit.data.hashes import noted
+from ssl_exit.data.images import Batch
+from ssl_exit.encoders.tapped import TappedEncoder
+from ssl_exit.exits.across import AcrossExits
+from ssl_exit.exits.final import Final
+from ssl_exit.exits.rules import ExitRule, FitData
+from ssl_exit.exits.statistics import ClusterStatistics
+from ssl_exit.fitting.sample import Sample, clustered_images, fill, final_clusters, finite_descriptors, sample_size
+from ssl_exit.settings import Clusters
+
+CHUNK = 4096  # images counted at a time
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Of images, by the label that exits learn; those of shards add up.
+
+    Attributes:
+        exits: one for all exits where descriptors accumulate, otherwise one an exit.
+        images: content hashes of the images, (n,) uint64.
+        skipped: position and reason of images that could not be used.
+    """
+
+    exits: list[ClusterStatistics]
+    images: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint64))
+    skipped: dict[int, str] = field(default_factory=dict)
+
+    @classmethod
+    def empty(cls, tapped: TappedEncoder, n_clusters: int, origin: Tensor, *, scatter: bool = True) -> "Statistics":
+        """Of no images; about an origin, (dim,), near the mean descriptor."""
+        parts = [slice(None)] if tapped.accumulate else tapped.columns
+        return cls([ClusterStatistics.empty(n_clusters, origin[part], scatter=scatter) for part in parts])
+
+    def add(self, tapped: TappedEncoder, descriptors: Tensor, labels: Tensor) -> None:
+        """Count images in: descriptors of all exits, (N, dim), and labels, (N,) int64."""
+        parts = [slice(None)] if tapped.accumulate else tapped.columns
+        for part, one in zip(parts, self.exits, strict=True):
+            one.add(descriptors[:, part], labels)
+
+    def __add__(self, other: "Statistics") -> "Statistics":
+        exits = [a + b for a, b in zip(self.exits, other.exits, strict=True)]
+        return Statistics(exits, np.union1d(self.images, other.images), self.skipped | other.skipped)
+
+
+def count(
+    tapped: TappedEncoder,
+    batches: Iterable[Batch],
+    final: Final,
+    sample: Sample,
+    *,
+    scatter: bool = True,
+) -> Statistics:
+    """Statistics of one shard of the images by their final cluster.
+
+    Args:
+        tapped: the encoder, on the device to use.
+        batches: images of the shard.
+        final: the final clusters, the same for all shards.
+        sample: the same for all shards; its mean is the origin that statistics are taken about.
+        scatter: whether a rule needs the scatter of the descriptors.
+    """
+    skipped: dict[int, str] = {}
+    hashes: list[np.ndarray] = []
+    result = Statistics.empty(tapped, final.n_clusters, sample.descriptors.double().mean(0), scatter=scatter)
+    for each in finite_descriptors(describe(tapped, noted(batches, hashes)), skipped):
+        if len(each.indices):
+            result.add(tapped, each.descriptors, final(each.features))
+    return replace(result, images=np.unique(np.concatenate([np.empty(0, np.uint64), *hashes])), skipped=skipped)
+
+
+@dataclass(frozen=True)
+class Collected:
+    """All that rules are fitted to.
+
+    Attributes:
+        final: what gives the full encoder's label.
+        statistics: of all images.
+        descriptors: of the sample, those of all exits side by side, (m, dim).
+        labels: what exits learn of the sample, (m,) int64.
+        soft: the full encoder's soft assignment of the sample, (m, K), or (m, 0) if no rule needs it.
+        n_clustered: images that k-means saw.
+    """
+
+    final: Final
+    statistics: Statistics
+    descriptors: Tensor
+    labels: Tensor
+    soft: Tensor
+    n_clustered: int
+
+    @property
+    def n_fit(self) -> int:
+        """Images behind the statistics."""
+        return int(self.statistics.exits[0].counts.sum())
+
+    def at(self, tapped: TappedEncoder, kept: Sequence[int]) -> "Collected":
+        """The same for some of the exits of `tapped` only."""
+        ends = [part.stop for part in tapped.columns]
+        columns = torch.cat([torch.arange(ends[i] - tapped.descriptors[i].dim, ends[i]) for i in kept])
+        every = self.statistics.exits
+        exits = [every[0].at(columns)] if tapped.accumulate else [every[i] for i in kept]
+        return replace(self, statistics=replace(self.statistics, exits=exits), descriptors=self.descriptors[:, columns])
+
+    def fit(self, tapped: TappedEncoder, rules: Sequence[ExitRule], across: AcrossExits, seed: int) -> Cascade:
+        """A cascade whose thresholds let nothing exit yet; `rules` are fitted, one an exit of `tapped`."""
+        data = []
+        for i, (dim, columns) in enumerate(zip(tapped.seen, tapped.columns, strict=True)):
+            every = self.statistics.exits
+            seen = every[0].leading(dim) if tapped.accumulate else every[i]
+            data.append(FitData(seen, self.descriptors[:, columns], self.labels, self.soft, seed))
+        type(rules[0]).fit_all(rules, data, exit_costs(tapped, rules, self.final))
+        return Cascade.closed(tapped, rules, self.final, across)
+
+
+def collect(
+    tapped: TappedEncoder,
+    passes: Sequence[Iterable[Batch]],
+    n: int,
+    rules: Sequence[ExitRule],
+    *,
+    n_clusters: int,
+    clusters: Clusters,
+    seed: int,
+    classes: np.ndarray | None = None,
+) -> Collected:
+    """Find final clusters from the first images, and collect what rules need from all of them in one pass.
+
+    Held in memory, beside one batch: descriptors and final features of the sample, and the statistics, of which the
+    scatter of the descriptors, dim x dim, is the largest.
+
+    Args:
+        tapped: the encoder, on the device to use.
+        passes: images in random order; further passes are other views of them, which k-means does not see.
+        n: images of a pass at most.
+        rules: to be fitted; they say what is needed.
+        n_clusters: K.
+        clusters: what the full encoder answers.
+        seed: of k-means.
+        classes: in the supervised mode, the class of the image at every position, which exits learn; without it
+            they learn the full encoder's answers.
+
+    Raises:
+        InputError: fewer usable images than clusters, or, in the supervised mode, another number of logits.
+    """
+    share = sample_size(n, len(passes), n_clusters, max(rule.sample_images for rule in rules), tapped.dim)
+    room = Sample.empty(len(passes) * share, tapped)
+    skipped: dict[int, str] = {}
+    final: Final | None = None
+    n_sample = n_clustered = 0
+
+    def labels_of(final: Final, features: Tensor, indices: Tensor) -> Tensor:
+        return final(features) if classes is None else torch.from_numpy(classes)[indices]
+
+    for batches in passes:
+        stream = finite_descriptors(describe(tapped, batches), skipped)
+        filled, others = fill(room.at(slice(n_sample, n_sample + share)), stream)
+        own = room.at(slice(n_sample, n_sample + filled))
+        n_sample += filled
+        if final is None:
+            final = final_clusters(own, n_clusters, clusters, seed)
+            n_clustered = 0 if clusters.supervised else min(filled, clustered_images(n_clusters))
+            scatter = any(rule.needs_scatter for rule in rules)
+            statistics = Statistics.empty(tapped, n_clusters, own.descriptors.double().mean(0), scatter=scatter)
+        labels = labels_of(final, own.features, own.indices)
+        for rows in torch.arange(filled).split(CHUNK):
+            statistics.add(tapped, own.descriptors[rows], labels[rows])
+        for each in others:
+            if len(each.indices):
+                statistics.add(tapped, each.descriptors, labels_of(final, each.features, each.indices))
+    assert final is not None
+    kept = room.at(slice(n_sample))
+    soft = any(rule.needs_soft for rule in rules)
+    assigned = final.soft(kept.features) if soft else kept.features.new_empty(n_sample, 0)
+    labels = labels_of(final, kept.features, kept.indices)
+    return Collected(final, replace(statistics, skipped=skipped), kept.descriptors, labels, assigned, n_clustered)

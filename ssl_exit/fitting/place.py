@@ -1,0 +1,59 @@
+"""Which exits pay for themselves: those whose work costs more than they save are left out."""
+
+import numpy as np
+
+from ssl_exit.exits.thresholds import Recorded, foretold_agreement, threshold_path, trade_off
+from ssl_exit.model import ExitChoice
+
+LEAST = 0.001  # of the full encoder's cost that an exit must save to be kept
+
+
+def choose(
+    names: list[str], recorded: Recorded, stage: np.ndarray, own: np.ndarray, n_clusters: int, max_disagreement: float
+) -> list[ExitChoice]:
+    """Backward elimination: leave out the exit that is missed least, as long as that costs less than `LEAST`.
+
+    What a set of exits costs is the least mean cost, on these images, of a setting on its threshold path (one
+    threshold an exit) that keeps the disagreement within the bound. Rules stay as they were fitted with all candidates.
+
+    Args:
+        names: of the candidates, E.
+        recorded: labels and scores of held-out images at all candidates.
+        stage: cost of each stage / of the full encoder, (E + 1,).
+        own: cost of each exit's own work / the full encoder's, (E + 1,); the last is the final assignment's.
+        n_clusters: K.
+        max_disagreement: what the cascade may disagree by.
+
+    Returns:
+        One choice a candidate, in their order; at least one is kept.
+    """
+
+    foretold = foretold_agreement(recorded)
+
+    def cost_of(kept: list[int]) -> float:
+        work = np.cumsum(stage)
+        costs = np.append(work[kept] + np.cumsum(own[kept]), work[-1] + own[kept].sum() + own[-1])
+        part = Recorded(recorded.labels[:, kept], recorded.scores[:, kept], recorded.final)
+        path = threshold_path(
+            part, costs, n_clusters, per_cluster=False, steps=12, between=4, foretold=foretold[:, kept]
+        )
+        cost, agreement = trade_off(path, part, costs)
+        return float(cost[agreement >= 1 - max_disagreement].min())
+
+    kept = list(range(len(names)))
+    now = cost_of(kept)
+    while len(kept) > 1:
+        without = {i: cost_of([j for j in kept if j != i]) for i in kept}
+        least = min(kept, key=lambda i: without[i])
+        if without[least] - now >= LEAST:
+            break
+        kept.remove(least)
+        now = without[least]
+    agreement = (recorded.labels == recorded.final[:, None]).mean(0)
+    full = np.cumsum(stage) + np.cumsum(own)
+    choices = []
+    for i, name in enumerate(names):
+        other = sorted({*kept} ^ {i})
+        saving = (cost_of(other) if other else 1.0) - now if i in kept else now - cost_of(other)
+        choices.append(ExitChoice(name, float(full[i]), float(own[i]), float(agreement[i]), float(saving), i in kept))
+    return choices

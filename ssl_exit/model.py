@@ -1,0 +1,255 @@
+"""The fitted model: a value that is fitted, calibrated, saved, loaded, copied and sent to other processes."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ssl_exit.cascade.cascade import Cascade
+from ssl_exit.cascade.plan import Plan
+from ssl_exit.cascade.result import ExitResult
+from ssl_exit.cascade.run import run
+from ssl_exit.cascade.times import StageTimes, stage_times
+from ssl_exit.data.hashes import module_hash, settings_hash, tensors_hash, watched_hash
+from ssl_exit.data.images import Batch
+from ssl_exit.data.preprocessing import Preprocessing
+from ssl_exit.encoders.inference import usable_device
+from ssl_exit.encoders.tapped import TappedEncoder
+from ssl_exit.exits.across import AcrossExits
+from ssl_exit.exits.certificate import Certificate
+from ssl_exit.exits.final import Final, FinalClasses, FinalClusters
+from ssl_exit.exits.registry import build_rules
+from ssl_exit.settings import Settings
+
+
+@dataclass(frozen=True)
+class ExitChoice:
+    """Why a candidate exit was kept or left out.
+
+    Attributes:
+        name: of the exit point.
+        cost: of leaving here, with all candidates in place / the full encoder's.
+        own_work: of that, what the exit itself costs.
+        agreement: of its label with the full encoder's, all held-out images.
+        saving: how much more the cascade would cost without this exit, for one that is kept; how much less it would
+            cost with it, for one that is left out (negative: more).
+        kept: whether it stays.
+    """
+
+    name: str
+    cost: float
+    own_work: float
+    agreement: float
+    saving: float
+    kept: bool
+
+    def __str__(self) -> str:
+        verdict = "kept, saves" if self.kept else "left out, would save"
+        return (
+            f"{self.name}: {verdict} {self.saving:.1%} of the full encoder's cost after its own work of "
+            f"{self.own_work:.1%}; its label agrees on {self.agreement:.1%} of held-out images"
+        )
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What a model was fitted to.
+
+    Attributes:
+        images: content hashes of the images that rules were fitted to or exits chosen by, uint64.
+        skipped: position and reason of images that fit() could not use.
+        n_fit: images behind the statistics, mirrored ones counted too.
+        n_sample: of those, images that k-means saw.
+        choices: why each candidate exit was kept or left out; empty where none was judged.
+        shaped: content hashes of the images that shaped the thresholds, uint64; not saved.
+        calibration_skipped: position and reason of images that calibration did not use; not saved.
+    """
+
+    images: np.ndarray
+    skipped: dict[int, str]
+    n_fit: int
+    n_sample: int
+    choices: tuple[ExitChoice, ...] = ()
+    shaped: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint64))
+    calibration_skipped: dict[int, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Model:
+    """What fitting returns, `ssl_exit.storage` writes and reads, and `ExitClusterer` holds as `model_`.
+
+    It survives copy.deepcopy, pickle, cloudpickle and joblib with identical answers, also in another process.
+
+    Attributes:
+        encoder: the encoder, in float32 on the CPU; a copy rewritten for speed is what runs.
+        spec: name of its `EncoderSpec`, if it was built by one.
+        cascade: stages, exits and thresholds.
+        settings: parameters it was fitted with.
+        preprocessing: of images, or None where they are taken as they are.
+        image_shape: (C, H, W).
+        certificate: as issued; `check` says whether it still holds.
+        path: threshold settings that calibration considered, (S, E, K), surest first.
+        path_disagreement: share of the certifying images each of them gives another label, (S,).
+        provenance: what it was fitted to.
+        encoder_hash: of the encoder when the cascade was cut.
+    """
+
+    encoder: nn.Module
+    spec: str | None
+    cascade: Cascade
+    settings: Settings
+    preprocessing: Preprocessing | None
+    image_shape: tuple[int, ...]
+    certificate: Certificate
+    path: np.ndarray
+    path_disagreement: np.ndarray
+    provenance: Provenance
+    encoder_hash: str
+
+    @cached_property
+    def plan(self) -> Plan:
+        """What early exit runs."""
+        return Plan(self.cascade, compile=self.settings.runtime.compile)
+
+    @cached_property
+    def full_plan(self) -> Plan:
+        """What the full encoder runs."""
+        return Plan.of_full_encoder(self.cascade, compile=self.settings.runtime.compile)
+
+    def run(
+        self, batches: Iterable[Batch], n: int, batch_size: int | None = None, audit: np.ndarray | None = None
+    ) -> ExitResult:
+        """Cluster n images, positions from 0, with early exits (see `ssl_exit.cascade.run.run`)."""
+        return run(self.plan, batches, n, batch_size or self.settings.batch_size, audit)
+
+    def run_full(self, batches: Iterable[Batch], n: int, batch_size: int | None = None) -> ExitResult:
+        """The same without early exits."""
+        return run(self.full_plan, batches, n, batch_size or self.settings.batch_size)
+
+    def hashes(self, *, watch: bool = False) -> dict[str, str]:
+        """SHA-256 of what a certificate is about, by name: encoder, preprocessing, exits; and the library's version.
+
+        Args:
+            watch: hash weights again only where a cheap look says that they changed (see `watched_hash`).
+        """
+        return {
+            "encoder": (watched_hash if watch else module_hash)(self.encoder),
+            "preprocessing": settings_hash(self.preprocessing.to_dict() if self.preprocessing else None),
+            "exits": settings_hash([self.cascade.settings, tensors_hash(self.cascade.tensors())]),
+            "version": version("ssl-exit"),
+        }
+
+    def check(self, *, watch: bool = False) -> Certificate:
+        """The certificate, void if weights, preprocessing, rules, clusters or thresholds are not those it is about."""
+        return self.certificate.checked(self.hashes(watch=watch))
+
+    def recut(self) -> "Model":
+        """The same exits and rules over the encoder as it is now; thresholds let nothing exit."""
+        old, exits = self.cascade.tapped, self.cascade
+        kinds = [descriptor.kind for descriptor in old.descriptors]
+        tapped = _cut(self.encoder, self.settings, self.image_shape, exits.exit_names[:-1], kinds, old.accumulate)
+        closed = Cascade.closed(tapped.to(old.device), exits.rules, exits.final, exits.across)
+        return replace(self, cascade=replace(closed, times=exits.times), encoder_hash=module_hash(self.encoder))
+
+    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """All but the encoder: what JSON can hold, and tensors by name; `from_state` is the inverse."""
+        cascade, used = self.cascade, self.provenance
+        tensors = cascade.tensors() | {
+            "path": torch.from_numpy(self.path),
+            "path_disagreement": torch.from_numpy(self.path_disagreement),
+            "fit_images": torch.from_numpy(used.images.view(np.int64)),
+        }
+        if cascade.times is not None:
+            tensors |= {f"times.{k}": torch.from_numpy(v.copy()) for k, v in vars(cascade.times).items()}
+        about = {
+            "encoder": {"spec": self.spec, "class": type(self.encoder).__name__, "hash": self.encoder_hash},
+            "settings": self.settings.to_dict(),
+            "preprocessing": self.preprocessing.to_dict() if self.preprocessing else None,
+            "image": list(self.image_shape),
+            "device": cascade.device.type,
+            "exits": cascade.exit_names[:-1],
+            "descriptors": [descriptor.kind for descriptor in cascade.tapped.descriptors],
+            "accumulate": cascade.tapped.accumulate,
+            "certificate": self.certificate.to_dict(),
+            "choices": [asdict(choice) for choice in used.choices],
+            "skipped": {str(k): v for k, v in used.skipped.items()},
+            "n_fit": used.n_fit,
+            "n_sample": used.n_sample,
+        }
+        return about, tensors
+
+    @classmethod
+    def from_state(
+        cls,
+        encoder: nn.Module,
+        about: Mapping[str, Any],
+        tensors: Mapping[str, Tensor],
+        settings: Settings | None = None,
+    ) -> "Model":
+        """A model from its encoder and what `state` returned.
+
+        Args:
+            encoder: with its weights; in float32 on the CPU.
+            about, tensors: from `state`.
+            settings: other ones than those in `about`; those that the cascade was made from must be the same.
+        """
+        settings = settings or Settings.from_dict(about["settings"])
+        image, exits = tuple(about["image"]), settings.exits
+        tapped = _cut(encoder, settings, image, about["exits"], about["descriptors"], about["accumulate"])
+        rules = build_rules(settings.rule.name, tapped.seen, settings.n_clusters, settings.rule.options)
+        for i, rule in enumerate(rules):
+            prefix = f"rules.{i}."
+            rule.load_state_dict({k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)})
+        final: Final = FinalClasses(settings.n_clusters)
+        if not settings.clusters.supervised:
+            final = FinalClusters(tensors["final.centroids"].clone(), settings.clusters.spherical)
+        device = usable_device(settings.device)
+        cascade = Cascade.closed(tapped.to(device), rules, final, AcrossExits(exits.patience, exits.ensemble))
+        cascade = cascade.at(tensors["thresholds"].numpy())
+        times = StageTimes(**{k[6:]: v.numpy() for k, v in tensors.items() if k.startswith("times.")})
+        if about["device"] != device.type:  # what was measured there says nothing of here
+            example = torch.randn(min(settings.batch_size, 16), *image)
+            times = stage_times(cascade.tapped, cascade.rules, cascade.final, example)
+        used = Provenance(
+            tensors["fit_images"].numpy().view(np.uint64),
+            {int(position): reason for position, reason in about["skipped"].items()},
+            about["n_fit"],
+            about["n_sample"],
+            tuple(ExitChoice(**choice) for choice in about["choices"]),
+        )
+        return cls(
+            encoder=encoder,
+            spec=about["encoder"]["spec"],
+            cascade=replace(cascade, times=times),
+            settings=settings,
+            preprocessing=Preprocessing(**about["preprocessing"]) if about["preprocessing"] else None,
+            image_shape=image,
+            certificate=Certificate.from_dict(about["certificate"]),
+            path=tensors["path"].numpy(),
+            path_disagreement=tensors["path_disagreement"].numpy(),
+            provenance=used,
+            encoder_hash=about["encoder"]["hash"],
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled without its stages and programs, which are made again from the encoder."""
+        return Model.from_state, (self.encoder, *self.state())
+
+
+def _cut(
+    encoder: nn.Module, settings: Settings, image: tuple[int, ...], exits: list[str], kinds: list[str], accumulate: bool
+) -> TappedEncoder:
+    tapped = TappedEncoder.build(
+        encoder,
+        exits,
+        torch.zeros(1, *image),
+        descriptor=kinds,
+        accumulate=accumulate,
+        normalize=settings.exits.normalize,
+    )
+    return tapped.for_inference(settings.runtime.precision, image)

@@ -1,0 +1,346 @@
+"""Every parameter, written once: name, type, legal values, default, and a line of help.
+
+The constructor of `ExitClusterer` takes these names, `fit` checks them here, models save them, and the options and
+`--help` of the command line and docs/parameters.md are made from them. Nothing slow is imported.
+"""
+
+import types
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from numbers import Integral, Real
+from typing import Any, Literal, NamedTuple, Self, Union, get_args, get_origin, get_type_hints
+
+from ssl_exit.errors import InputError
+
+Guarantee = Literal["overall", "cluster", "exit", "expectation"]
+Method = Literal["simclr", "moco", "distill"]
+
+
+def option(default: Any = MISSING, within: str = "", flag: str = "") -> Any:
+    """A field of a group.
+
+    Args:
+        default: its value if none is set.
+        within: interval of legal numbers, such as "[0, 1)".
+        flag: name on the command line, where it is not the field's own.
+    """
+    return field(default=default, metadata={"within": within, "flag": flag})
+
+
+def _is_a(value: Any, hint: Any) -> bool:
+    """Whether a value has a type, where numbers may be NumPy's and a boolean is no number."""
+    origin, args = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return True
+    if origin in (Union, types.UnionType):
+        return any(_is_a(value, each) for each in args)
+    if origin is Literal:
+        return isinstance(value, str) and value in args
+    if origin in (list, tuple):
+        return isinstance(value, origin) and all(_is_a(each, args[0]) for each in value)
+    if origin is dict:
+        return isinstance(value, Mapping) and all(isinstance(key, str) for key in value)
+    if hint in (int, float):
+        return isinstance(value, Integral if hint is int else Real) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+def _inside(value: Any, within: str) -> bool:
+    low, high = (float(end) for end in within[1:-1].split(","))
+    return (low <= value if within[0] == "[" else low < value) and (
+        value <= high if within[-1] == "]" else value < high
+    )
+
+
+def _describe(hint: Any) -> str:
+    """A type in words, for a message."""
+    args = get_args(hint)
+    if get_origin(hint) is Literal:
+        return f"one of {args}"
+    if get_origin(hint) in (Union, types.UnionType):
+        return " or ".join(_describe(each) for each in args)
+    words = {int: "a whole number", float: "a number", bool: "True or False", str: "a string", type(None): "None"}
+    return words.get(hint) or {list: "a list of names", tuple: "a tuple of names", dict: "a dictionary by name"}.get(
+        get_origin(hint) or hint, getattr(hint, "__name__", str(hint))
+    )
+
+
+class Group:
+    """Base of frozen dataclasses of parameters; wrong values are refused when one is made."""
+
+    def __post_init__(self) -> None:
+        hints = get_type_hints(type(self))
+        for f in fields(self):  # type: ignore[arg-type]
+            value, within = getattr(self, f.name), f.metadata.get("within", "")
+            if not _is_a(value, hints[f.name]) or (within and isinstance(value, Real) and not _inside(value, within)):
+                legal = _describe(hints[f.name]) + (f" in {within}" if within else "")
+                raise InputError(f"{f.metadata.get('flag') or f.name} must be {legal}; got {value!r}")
+
+    @classmethod
+    def of(cls, value: Any) -> Self:
+        """The group itself, or one whose first field has this value: `rule="mlp"` means `rule=Rule("mlp")`."""
+        return value if isinstance(value, cls) else cls(value)  # type: ignore[call-arg]
+
+    @classmethod
+    def from_flat(cls, values: Mapping[str, Any]) -> Self:
+        """From values named as on the command line; those that are absent have their defaults."""
+        hints = get_type_hints(cls)
+        parts: dict[str, dict[str, Any]] = {}
+        for leaf in options_of(cls):
+            if leaf.flag in values:
+                parts.setdefault(leaf.group, {})[leaf.name] = values[leaf.flag]
+        own: dict[str, Any] = parts.pop("", {})
+        return cls(**own, **{name: hints[name](**changes) for name, changes in parts.items()})
+
+
+@dataclass(frozen=True)
+class Exits(Group):
+    """Where images may leave, and what an exit sees.
+
+    Attributes:
+        points: names of exit points ("layer2" means its last node), or "auto": of at most eight, spread evenly over
+            the cost, those that pay for themselves on held-out images. All stay where nothing is held out, and with
+            patience or ensembling, where exits depend on each other.
+        descriptor: auto, average, pyramid, tokens or flatten: how the tensor at an exit point becomes a vector.
+        accumulate: let an exit see the descriptors of earlier exits too.
+        normalize: divide descriptors by their L2 norm.
+        patience: leave only where so many consecutive exits agree; 1 turns it off.
+        ensemble: answer with the geometric mean of the probabilities of all exits so far.
+    """
+
+    points: str | list[str] | tuple[str, ...] = option("auto", flag="exits")
+    descriptor: Literal["auto", "average", "pyramid", "tokens", "flatten"] = "auto"
+    accumulate: bool = True
+    normalize: bool = False
+    patience: int = option(1, "[1, inf)")
+    ensemble: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.points, str) and self.points != "auto":
+            raise InputError(f'exits must be "auto" or a list of names of exit points; got {self.points!r}')
+
+
+@dataclass(frozen=True)
+class Rule(Group):
+    """How an exit decides (docs/rules.md).
+
+    Attributes:
+        name: centroid, mahalanobis, kmeans, prototypes, euclidean, e2cm, e2cm_released, sdn, branchynet, eenet, mlp, or
+            two joined as centroid+sdn.
+        options: keyword arguments of the rule, such as {"hidden": 64}.
+        mirror: fit rules on left-right mirrored images too; takes a second pass.
+    """
+
+    name: str = option("centroid", flag="rule")
+    options: dict[str, Any] | None = option(None, flag="rule_options")
+    mirror: bool = False
+
+
+@dataclass(frozen=True)
+class Clusters(Group):
+    """What the full encoder answers.
+
+    Attributes:
+        spherical: compare final features by direction (cosine) instead of Euclidean distance.
+        supervised: the encoder gives one logit a class (n_clusters of them); nothing is clustered, and exits learn the
+            classes `y` of fit(), or the encoder's own answers without them.
+    """
+
+    spherical: bool = True
+    supervised: bool = False
+
+
+@dataclass(frozen=True)
+class Calibration(Group):
+    """How thresholds are set, and what is certified of them.
+
+    Attributes:
+        guarantee: overall; cluster, for the images of every final cluster; exit, for those that leave at every exit
+            with every label; or expectation (docs/certificates.md).
+        thresholds: search (one for every exit and cluster, of least cost), exit (one for every exit) or cbt (one for
+            every cluster: class based thresholding).
+        cost: what thresholds and exits="auto" save: macs (multiply-adds), or time as measured in fit().
+        holdout: share of the images that fit() keeps for thresholds and certificate; with 0 nothing exits early until
+            calibrate() is called.
+        audit: share of the images that leave early which go on to the end all the same, to see whether the certificate
+            still holds; 0 turns it off.
+        false_alarm: probability of a false alarm of the audit, however long it goes on.
+    """
+
+    guarantee: Guarantee = "overall"
+    thresholds: Literal["search", "exit", "cbt"] = "search"
+    cost: Literal["macs", "time"] = "macs"
+    holdout: float = option(0.2, "[0, 1)")
+    audit: float = option(0.0, "[0, 1]")
+    false_alarm: float = option(0.01, "(0, 1)")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.audit and self.guarantee == "expectation":
+            raise InputError(
+                'guarantee "expectation" lets a single model disagree more than asked, which no audit can tell from '
+                'drift; use guarantee "overall", or audit 0'
+            )
+
+
+@dataclass(frozen=True)
+class Runtime(Group):
+    """How the cascade is run.
+
+    Attributes:
+        precision: of the encoder and all its answers, those of the full encoder too: float32, or bfloat16, which is
+            faster where the hardware has it.
+        compile: run full batches through torch.compile; falls back with a warning where it does not work.
+        num_workers: processes that decode images.
+        progress: show progress bars on a terminal.
+    """
+
+    precision: Literal["float32", "bfloat16"] = "float32"
+    compile: bool = False
+    num_workers: int = option(0, "[0, inf)")
+    progress: bool = True
+
+
+@dataclass(frozen=True)
+class Settings(Group):
+    """All parameters of `ExitClusterer` but its encoder and preprocessing.
+
+    Attributes:
+        n_clusters: K, the number of final clusters.
+        exits: names of exit points, "auto", or `Exits`.
+        rule: name of an exit rule, or `Rule`.
+        max_disagreement: share of images whose label may differ from the full encoder's.
+        confidence: with which that must hold; 0.5 asks for no safety margin.
+        batch_size: images a stage runs on at a time.
+        device: auto (CUDA where there is one), cpu, cuda, cuda:1, ...
+        random_state: seed of the hold-out split, of the order of images in fit, and of k-means.
+        clusters: see `Clusters`.
+        calibration: see `Calibration`.
+        runtime: see `Runtime`.
+    """
+
+    n_clusters: int = option(10, "[1, inf)")
+    exits: Exits = Exits()
+    rule: Rule = Rule()
+    max_disagreement: float = option(0.02, "(0, 1)")
+    confidence: float = option(0.95, "(0, 1)")
+    batch_size: int = option(256, "[1, inf)")
+    device: str = "auto"
+    random_state: int = option(0, "[0, inf)", flag="seed")
+    clusters: Clusters = Clusters()
+    calibration: Calibration = Calibration()
+    runtime: Runtime = Runtime()
+
+    @classmethod
+    def from_dict(cls, saved: Mapping[str, Any]) -> "Settings":
+        """What `to_dict` returned.
+
+        Raises:
+            InputError: names or values that are not legal.
+        """
+        try:
+            values: dict[str, Any] = {k: GROUPS[k](**v) if k in GROUPS else v for k, v in saved.items()}
+            return cls(**values)
+        except TypeError as error:
+            raise InputError(f"these are no settings of this version: {error}") from error
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested dictionaries of plain values, for JSON."""
+        return asdict(self)
+
+    def nested(self, **changes: Mapping[str, Any]) -> "Settings":
+        """With some fields of some groups replaced: `nested(runtime={"compile": True})`."""
+        return replace(self, **{name: replace(getattr(self, name), **parts) for name, parts in changes.items()})
+
+
+GROUPS: dict[str, type[Group]] = {
+    "exits": Exits,
+    "rule": Rule,
+    "clusters": Clusters,
+    "calibration": Calibration,
+    "runtime": Runtime,
+}
+
+
+@dataclass(frozen=True)
+class Optimization(Group):
+    """How parameters are updated in training; the defaults are those of lightly's CIFAR-10 benchmark.
+
+    Attributes:
+        optimizer: sgd or adamw.
+        learning_rate: its peak, for the batch size in use (lightly's benchmark: 0.06 for each 128 images).
+        momentum: of sgd.
+        weight_decay: on all parameters.
+        schedule: cosine, from the peak to 0; or one_cycle, which rises to it first (arXiv 1708.07120).
+    """
+
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    learning_rate: float = option(0.06, "(0, inf)")
+    momentum: float = option(0.9, "[0, 1)")
+    weight_decay: float = option(5e-4, "[0, inf)")
+    schedule: Literal["cosine", "one_cycle"] = "cosine"
+
+
+@dataclass(frozen=True)
+class TrainingRun(Group):
+    """How a training is run.
+
+    Attributes:
+        epochs: passes over the images.
+        batch_size: images a step, of all devices together.
+        monitor_share: of the images, kept out of training to see how well nearest neighbours classify them; used where
+            images have classes (one sub-folder a class).
+        monitor_every: epochs between two such looks.
+        precision: auto (bfloat16 where hardware has it), 32-true, bf16-mixed or 16-mixed.
+        compile: compile the encoder by torch.compile: half a minute at the start, then faster steps.
+        device: auto, cpu or cuda.
+        devices: number of devices; with more than one, DistributedDataParallel, negatives gathered from all.
+        num_workers: processes that decode images, where these are not in memory.
+        logger: csv, tensorboard or none.
+        seed: of everything random.
+    """
+
+    epochs: int = option(200, "[1, inf)")
+    batch_size: int = option(128, "[2, inf)")
+    monitor_share: float = option(0.05, "[0, 1)")
+    monitor_every: int = option(5, "[1, inf)")
+    precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"] = "auto"
+    compile: bool = False
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    devices: int = option(1, "[1, inf)")
+    num_workers: int = option(0, "[0, inf)")
+    logger: Literal["csv", "tensorboard", "none"] = "csv"
+    seed: int = option(0, "[0, inf)")
+
+
+class Option(NamedTuple):
+    """One parameter that is not a group: where it stands, and what the command line shows of it."""
+
+    flag: str
+    group: str
+    name: str
+    type: Any
+    default: Any
+    within: str
+    help: str
+
+
+def options_of(cls: type[Group], group: str = "") -> list[Option]:
+    """All parameters of a class of groups, those of its own groups too, in order."""
+    hints, texts = get_type_hints(cls), help_texts(cls)
+    result: list[Option] = []
+    for f in fields(cls):  # type: ignore[arg-type]
+        if isinstance(hints[f.name], type) and issubclass(hints[f.name], Group):
+            result += options_of(hints[f.name], f.name)
+        else:
+            flag, within = f.metadata.get("flag") or f.name, f.metadata.get("within", "")
+            result.append(Option(flag, group, f.name, hints[f.name], f.default, within, texts.get(f.name, "")))
+    return result
+
+
+def help_texts(documented: Any) -> dict[str, str]:
+    """The line of help of every attribute or argument in a Google-style docstring, by name."""
+    from docstring_parser import parse
+
+    return {p.arg_name: " ".join((p.description or "").split()) for p in parse(documented.__doc__ or "").params}

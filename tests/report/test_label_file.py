@@ -1,0 +1,71 @@
+"""Rows of labels: whole or absent, and gone on with after a kill."""
+
+import numpy as np
+import pytest
+
+from ssl_exit.cascade.result import ExitResult
+from ssl_exit.errors import InputError
+from ssl_exit.report.label_file import LabelFile, write_labels
+
+EXITS = ["early", "end"]
+NAMES = ["a", "b,c", 'd"e', "f\ng", "h\u2028i", "j"]
+
+
+def result_of(labels):
+    n = len(labels)
+    labels = np.array(labels)
+    return ExitResult(labels, labels % 2, np.full(n, 0.5, np.float32), np.ones(n), {}, np.full(n, -1))
+
+
+def test_a_file_is_whole_or_absent(tmp_path):
+    write_labels(tmp_path / "labels.csv", list("abc"), result_of([4, -1, 3]), EXITS)
+    rows = (tmp_path / "labels.csv").read_text().splitlines()
+    assert rows == ["path,label,exit,score", "a,4,early,0.500000", "b,-1,,", "c,3,end,0.500000"]
+    with pytest.raises(ValueError, match="zip"):
+        write_labels(tmp_path / "other.csv", ["a"], result_of([1, 2]), EXITS)
+    assert [f.name for f in tmp_path.iterdir()] == ["labels.csv"]
+
+
+def test_it_goes_on_behind_the_last_whole_row_wherever_it_was_cut(tmp_path):
+    whole, file = tmp_path / "whole.csv", tmp_path / "labels.csv"
+    write_labels(whole, NAMES, result_of([1, 2, 3, 4, 5, 6]), EXITS)
+    text = whole.read_bytes()
+    rows = [0]
+    for cut in [*range(0, len(text), 3), len(text)]:
+        with LabelFile(file, NAMES, EXITS, "key") as begun:
+            begun.draft.write_bytes(text[:cut])  # as a kill would leave it
+        with LabelFile(file, NAMES, EXITS, "key") as labels:
+            rows.append(labels.begun)
+            labels.add(result_of([1, 2, 3, 4, 5, 6][labels.begun :]))
+        assert file.read_bytes() == text
+        file.unlink()
+        assert [f.name for f in tmp_path.iterdir()] == ["whole.csv"]
+    assert rows == sorted(rows)
+    assert set(rows) == set(range(7))
+
+
+def test_rows_of_another_model_or_of_other_images_are_not_gone_on_with(tmp_path):
+    file = tmp_path / "labels.csv"
+    with LabelFile(file, NAMES, EXITS, "key") as labels:
+        labels.add(result_of([1, 2]))
+    assert not file.exists()  # four are missing
+    for names, exits, key in ((NAMES[1:], EXITS, "key"), (NAMES, ["other", "end"], "key"), (NAMES, EXITS, "other")):
+        with LabelFile(file, names, exits, key) as other:
+            assert other.begun == 0
+    with LabelFile(file, NAMES, EXITS, "key") as labels:
+        assert labels.begun == 2
+
+
+def test_what_is_no_file_is_refused_before_the_work(tmp_path):
+    with pytest.raises(InputError, match="is no regular file"):
+        LabelFile(tmp_path, NAMES, EXITS, "key")
+
+
+def test_two_that_write_one_file_are_an_error(tmp_path):
+    file = tmp_path / "labels.csv"
+    first = LabelFile(file, NAMES, EXITS, "key")
+    with LabelFile(file, NAMES, EXITS, "key") as second:
+        with pytest.raises(InputError, match="another process writes"), first:
+            first.add(result_of([1, 2, 3, 4, 5, 6]))
+        second.add(result_of([1, 2, 3, 4, 5, 6]))
+    assert len(file.read_text().splitlines()) > 6
