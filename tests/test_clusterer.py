@@ -11,12 +11,12 @@ from sklearn.base import clone, is_clusterer
 from sklearn.exceptions import NotFittedError
 from torch import nn
 
-from ssl_exit import ExitClusterer, Preprocessing, load
+from ssl_exit import Preprocessing, load
+from ssl_exit.cascade.times import StageTimes
 from ssl_exit.errors import InputError
 from ssl_exit.exits.rules import RULES
 from ssl_exit.exits.thresholds import simulate
 from ssl_exit.fitting.record import record
-from ssl_exit.cascade.times import StageTimes
 from tests import conftest
 from tests.conftest import batches_of, untrained
 

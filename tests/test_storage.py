@@ -11,16 +11,17 @@ from ssl_exit import EncoderSpec, ExitClusterer, Preprocessing, load, storage
 from ssl_exit.encoders.small import digits_encoder
 from ssl_exit.errors import InputError
 from ssl_exit.training.run import seeded
+from tests import conftest
 
+SETTINGS = {"max_disagreement": 0.2, "confidence": 0.5}
 CURRENT = f'"format": {storage.FORMAT}'.encode()
 
 
 @pytest.fixture(scope="module")
 def clusterer(digits):
     torch.manual_seed(0)
-    settings = {"max_disagreement": 0.2, "confidence": 0.5, "progress": False, "device": "cpu"}
     prepare = Preprocessing(8, (0.0,), (1.0,))
-    return ExitClusterer(digits_encoder(), preprocessing=prepare, **settings).fit(digits[:900])
+    return conftest.clusterer(digits_encoder(), prepare, **SETTINGS).fit(digits[:900])
 
 
 @pytest.fixture
@@ -47,24 +48,25 @@ def test_saving_a_loaded_model_again_gives_the_same_model(model, tmp_path):
     load(model, encoder=digits_encoder(), device="cpu").save(tmp_path / "again")
     about, again = (json.loads((folder / "model.json").read_text()) for folder in (model, tmp_path / "again"))
     assert about["sha256"] == again["sha256"]
-    assert about["params"] == again["params"]
+    assert about["settings"] == again["settings"]
 
 
 def test_a_spec_builds_its_own_encoder(digits, tmp_path):
     spec = EncoderSpec("ssl_exit.encoders.small:digits_encoder")
-    settings = {"max_disagreement": 0.2, "confidence": 0.5, "progress": False, "device": "cpu"}
-    c = ExitClusterer(spec, rule="prototypes", **settings).fit(digits[:900])
+    c = conftest.clusterer(spec, rule="prototypes", **SETTINGS).fit(digits[:900])
     c.save(tmp_path / "model")
     loaded = load(tmp_path / "model")
     np.testing.assert_array_equal(loaded.predict(digits[900:]), c.predict(digits[900:]))
 
 
 def test_parameters_changed_after_fit_are_not_saved_where_the_model_is_made_of_them(clusterer, digits, tmp_path):
-    c = copy.copy(clusterer).set_params(n_clusters=3, patience=2, rule="mlp", batch_size=50, normalize=True)
+    c = copy.copy(clusterer).set_params(
+        n_clusters=3, exits__patience=2, rule="mlp", batch_size=50, exits__normalize=True
+    )
     c.calibrate(digits[900:])
     c.save(tmp_path / "model")
     loaded = load(tmp_path / "model", encoder=digits_encoder(), device="cpu")
-    assert (loaded.n_clusters, loaded.patience, loaded.rule, loaded.batch_size) == (10, 1, "centroid", 50)
+    assert (loaded.n_clusters, loaded.exits.patience, loaded.rule.name, loaded.batch_size) == (10, 1, "centroid", 50)
     assert not loaded.certificate_.void
     np.testing.assert_array_equal(loaded.predict(digits[900:]), c.predict(digits[900:]))
 
@@ -82,15 +84,14 @@ def test_parameters_changed_after_fit_are_not_saved_where_the_model_is_made_of_t
 @pytest.mark.filterwarnings("ignore:no image may exit early")
 def test_every_kind_of_model_comes_back_as_it_was(changes, digits, tmp_path):
     torch.manual_seed(0)
-    settings = {"max_disagreement": 0.2, "confidence": 0.5, "progress": False, "device": "cpu"} | changes
-    c = ExitClusterer(digits_encoder(), **settings).fit(digits[:900])
+    c = conftest.clusterer(digits_encoder(), **SETTINGS | changes).fit(digits[:900])
     c.save(tmp_path / "model")
     loaded = load(tmp_path / "model", encoder=digits_encoder(), device="cpu")
     one, two = c.run(digits[900:]), loaded.run(digits[900:])
     for name in ("labels", "exits", "scores", "cost"):
         np.testing.assert_array_equal(getattr(one, name), getattr(two, name))
     assert loaded.exit_choices_ == c.exit_choices_
-    assert len(loaded.threshold_path_) == len(loaded.path_disagreement_) <= 100
+    assert len(loaded.model_.path) == len(loaded.model_.path_disagreement) <= 100
     kept, whole = loaded.explain(digits[900:]), c.explain(digits[900:])
     assert [row.left for row in kept.exits] == [row.left for row in whole.exits]
     assert kept.released.keys() == whole.released.keys()
@@ -99,10 +100,10 @@ def test_every_kind_of_model_comes_back_as_it_was(changes, digits, tmp_path):
 def test_a_loaded_model_can_be_fitted_again_from_the_saved_weights(digits, tmp_path):
     with seeded(1):
         spec = EncoderSpec("ssl_exit.encoders.small:digits_encoder")
-        c = ExitClusterer(spec, max_disagreement=0.2, confidence=0.5, progress=False, device="cpu").fit(digits[:900])
+        c = conftest.clusterer(spec, **SETTINGS).fit(digits[:900])
     c.save(tmp_path / "model")
     loaded = load(tmp_path / "model", device="cpu")
-    assert loaded.exits == "auto"  # and not the exits that were found
+    assert loaded.exits.points == "auto"  # and not the exits that were found
     again = loaded.fit(digits[:900])
     np.testing.assert_array_equal(again.predict_full(digits[900:]), c.predict_full(digits[900:]))
 
@@ -110,7 +111,7 @@ def test_a_loaded_model_can_be_fitted_again_from_the_saved_weights(digits, tmp_p
 def test_skipped_images_and_numpy_parameters_are_saved(digits, tmp_path):
     images = digits[:900].clone()
     images[[2, 10, 300]] = torch.nan
-    c = ExitClusterer(digits_encoder(), n_clusters=np.int64(5), max_disagreement=0.2, confidence=0.5, progress=False)
+    c = ExitClusterer(digits_encoder(), n_clusters=np.int64(5), max_disagreement=0.2, confidence=0.5)
     c.set_params(device=torch.device("cpu"))
     with pytest.warns(UserWarning, match="3 of 900 images could not be used"):
         c.fit(images)

@@ -85,6 +85,10 @@ class Cascade:
         named |= {f"final.{k}": v for k, v in self.final.state_dict().items()}
         return named | {"thresholds": torch.from_numpy(self.thresholds.copy())}
 
+    def timed(self, times: StageTimes) -> "Cascade":
+        """The same cascade with measured times."""
+        return replace(self, times=times)
+
     def at(self, thresholds: np.ndarray) -> "Cascade":
         """The same cascade with other thresholds, (E, K)."""
         return replace(self, thresholds=thresholds)

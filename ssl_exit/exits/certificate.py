@@ -307,7 +307,7 @@ def close_thin_cells(
             wrong = labels[leaving] != recorded.final[leaving]
             errors = scale * (0.5 + np.bincount(labels[leaving], weights=wrong, minlength=k))
             most = np.ceil(errors + SURE * np.sqrt(errors))
-            likely = bdtr(np.minimum(most, np.floor(expected)), np.floor(expected), max_disagreement) <= delta
+            likely = bdtr(np.minimum(most, expected // 1), (expected // 1).astype(np.int64), max_disagreement) <= delta
             thresholds[x, ~likely] = NEVER
             here &= ~(leaving & likely[labels])
     return closed

@@ -36,6 +36,10 @@ class Recorded:
         """Of the images of all parts."""
         return cls(*(np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(cls)))
 
+    def at(self, exits: Sequence[int]) -> "Recorded":
+        """The same for some of the exits."""
+        return Recorded(self.labels[:, exits], self.scores[:, exits], self.final)
+
     def __add__(self, other: "Recorded") -> "Recorded":
         """Of the images of both."""
         return Recorded.joined([self, other])
@@ -86,6 +90,7 @@ def threshold_path(
     per_cluster: bool = True,
     steps: int = 40,
     between: int = 24,
+    surest: int = 8,
     foretold: np.ndarray | None = None,
 ) -> np.ndarray:
     """Settings from "never exit" to "always exit at the first", cheaper and less sure step by step.
@@ -98,12 +103,13 @@ def threshold_path(
         costs: cost of leaving at each exit and, last, of the full encoder, (E + 1,).
         n_clusters: K.
         per_cluster: a threshold for every exit and cluster; otherwise one for every exit.
-        steps: number of prices.
+        steps: number of prices from 100 down to 0.3.
         between: settings from one price to the next.
+        surest: further prices from 10,000 to 100: where few images certify, all that passes may lie there.
         foretold: what `foretold_agreement` says of those images, (N, E), if that is known already.
 
     Returns:
-        Thresholds, (steps * between + between + 1, E, K) float32; inf = never.
+        Thresholds, ((surest + steps + 1) * between + 1, E, K) float32; inf = never.
     """
     e = recorded.labels.shape[1]
     best = np.full((e, n_clusters), NEVER)
@@ -111,7 +117,8 @@ def threshold_path(
     foretold = foretold_agreement(recorded) if foretold is None else foretold
     loss = ((recorded.labels != recorded.final[:, None]) + 1 - foretold) / 2
     groups = [_ranked(*columns, per_cluster) for columns in zip(recorded.labels.T, recorded.scores.T, strict=True)]
-    for price in np.geomspace(100.0, 0.3, steps):
+    prices = [*np.geomspace(1e4, 100.0, surest + 1)[:-1], *np.geomspace(100.0, 0.3, steps)]
+    for price in prices:
         best = _best_thresholds(recorded, loss, costs, price, best, groups)
         knots.append(best)
     knots.append(np.zeros((e, n_clusters)))

@@ -1,7 +1,7 @@
 """From held-out images to thresholds in use: temperatures, a path of settings, and the certificate of one of them."""
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -14,6 +14,7 @@ from ssl_exit.errors import InputError
 from ssl_exit.exits.cbt import cbt_path
 from ssl_exit.exits.certificate import Certificate, SettingCounts, certify, close_thin_cells
 from ssl_exit.exits.thresholds import Recorded, threshold_path
+from ssl_exit.fitting.place import choose
 from ssl_exit.fitting.record import Logits, fit_temperatures, mean_probabilities, record, record_logits
 from ssl_exit.model import Model
 from ssl_exit.settings import Settings
@@ -22,6 +23,7 @@ LOGITS_BYTES = 1 << 28  # for the logits of the images that shape the threshold 
 FITTED = "an image of the same content was used in fit()"
 SHAPED = "an image of the same content shaped the thresholds"
 SHAPING = 1 / 4  # share of the held-out images that shape the threshold path; the others certify
+PER_CELL = 6  # images that shape, for every exit and cluster, from which on each has a threshold of its own
 
 Read = Callable[[np.ndarray, str], Iterable[Batch]]  # images at some positions; the task they are read for
 
@@ -43,27 +45,44 @@ class Path:
         cascade: with temperatures set; its thresholds let nothing exit.
         settings: thresholds, (S, E, K), surest first.
         recorded: the images that shaped them.
+        costs: of leaving at each exit and, last, of the full encoder, (E + 1,), with the exits of the path at work.
     """
 
     cascade: Cascade
     settings: np.ndarray
     recorded: Recorded
+    costs: np.ndarray
 
 
-def shape_path(cascade: Cascade, logits: Logits, settings: Settings) -> Path:
+def shape_path(cascade: Cascade, logits: Logits, settings: Settings, *, place: bool = False) -> Path:
     """Set temperatures, and search a path of threshold settings, from the logits of held-out images.
+
+    With thresholds "search" every exit and cluster has one of its own where at least `PER_CELL` images for each shape
+    the path, and every exit one otherwise: fitted to fewer images, ten times as many thresholds certify less.
 
     Args:
         cascade: left unchanged.
         logits: of all images that shape the path.
         settings: thresholds and cost.
+        place: close exits that do not pay for themselves on these images (see `choose`).
     """
     rules, recorded = fit_temperatures(cascade.rules, cascade.across, logits)
     fresh = replace(cascade, rules=rules, thresholds=np.full_like(cascade.thresholds, np.inf))
-    costs, how = leaving_costs(cascade, settings.calibration.cost), settings.calibration.thresholds
-    if how == "cbt":
-        return Path(fresh, cbt_path(recorded, costs, mean_probabilities(rules, logits)), recorded)
-    return Path(fresh, threshold_path(recorded, costs, settings.n_clusters, per_cluster=how == "search"), recorded)
+    how, (e, k) = settings.calibration, cascade.thresholds.shape
+    open_ = list(range(e))
+    if place and len(recorded) and not cascade.across.active:
+        choices = choose(cascade.exit_names[:-1], recorded, *work(cascade, how.cost), k, settings.max_disagreement)
+        open_ = [i for i, choice in enumerate(choices) if choice.kept]
+    costs = leaving_costs(cascade, how.cost, open_)
+    seen, own = recorded.at(open_), costs[[*open_, -1]]
+    if how.thresholds == "cbt":
+        path = cbt_path(seen, own, mean_probabilities(rules, logits)[open_])
+    else:
+        per_cluster = how.thresholds == "search" and len(seen) >= PER_CELL * len(open_) * k
+        path = threshold_path(seen, own, k, per_cluster=per_cluster)
+    every = np.full((len(path), e, k), np.inf, dtype=np.float32)
+    every[:, open_] = path
+    return Path(fresh, every, recorded, costs)
 
 
 def work(cascade: Cascade, cost: str) -> tuple[np.ndarray, np.ndarray]:
@@ -83,9 +102,14 @@ def work(cascade: Cascade, cost: str) -> tuple[np.ndarray, np.ndarray]:
     return stage / full, own / full
 
 
-def leaving_costs(cascade: Cascade, cost: str) -> np.ndarray:
-    """Cost of leaving at each exit and, last, of the full encoder, (E + 1,), in multiply-adds or time."""
-    return np.cumsum(np.add(*work(cascade, cost)))
+def leaving_costs(cascade: Cascade, cost: str, open_: Sequence[int]) -> np.ndarray:
+    """Cost of leaving at each exit and, last, of the full encoder, (E + 1,), where some exits let images leave."""
+    stage, own = work(cascade, cost)
+    used = np.zeros(len(own), dtype=bool)
+    used[[*open_, -1]] = True
+    if cascade.tapped.accumulate or cascade.across.active:  # exits before an open one work too
+        used[: max(open_) + 1] = True
+    return np.cumsum(stage + own * used)
 
 
 def certify_path(path: Path, counts: SettingCounts, settings: Settings) -> tuple[Cascade, Certificate]:
@@ -96,9 +120,8 @@ def certify_path(path: Path, counts: SettingCounts, settings: Settings) -> tuple
         counts: of images that did not shape them, all shards added up.
         settings: guarantee, disagreement and confidence.
     """
-    costs = leaving_costs(path.cascade, settings.calibration.cost)
     eps, confidence = settings.max_disagreement, settings.confidence
-    setting, certificate = certify(path.settings, counts, costs, eps, confidence, settings.calibration.guarantee)
+    setting, certificate = certify(path.settings, counts, path.costs, eps, confidence, settings.calibration.guarantee)
     return path.cascade.at(path.settings[setting]), certificate
 
 
@@ -129,7 +152,8 @@ def calibrate(model: Model, read: Read, held: tuple[np.ndarray, np.ndarray], set
     fitted = SeenImages([model.provenance.images])
     shaped: list[np.ndarray] = []
     logits, skipped = record_logits(cascade, unseen(read(shaping, "calibrate"), {FITTED: fitted}, shaped))
-    path = shape_path(cascade, logits, settings)
+    judged = model.settings.exits.points != "auto" or model.provenance.choices
+    path = shape_path(cascade, logits, settings, place=not judged)
     certified: list[np.ndarray] = []
     seen = {FITTED: fitted, SHAPED: SeenImages(shaped)}
     proof, more = record(path.cascade, unseen(read(certifying, "certify"), seen, certified))

@@ -122,6 +122,24 @@ class Collected:
         return Cascade.closed(tapped, rules, self.final, across)
 
 
+def collected(
+    final: Final, statistics: Statistics, sample: Sample, labels: Tensor | None = None, *, soft: bool = True
+) -> Collected:
+    """From merged statistics and a merged sample, all that rules are fitted to.
+
+    Args:
+        final: what gives the full encoder's label.
+        statistics: of all images.
+        sample: of them.
+        labels: what exits learn of the sample, (m,) int64; None: the full encoder's answers.
+        soft: whether a rule needs soft assignments.
+    """
+    own = final(sample.features) if labels is None else labels
+    assigned = final.soft(sample.features) if soft else sample.features.new_empty(len(own), 0)
+    n_clustered = min(len(own), clustered_images(final.n_clusters))
+    return Collected(final, statistics, sample.descriptors, own, assigned, n_clustered)
+
+
 def collect(
     tapped: TappedEncoder,
     passes: Sequence[Iterable[Batch]],
@@ -179,7 +197,8 @@ def collect(
                 statistics.add(tapped, each.descriptors, labels_of(final, each.features, each.indices))
     assert final is not None
     kept = room.at(slice(n_sample))
-    soft = any(rule.needs_soft for rule in rules)
-    assigned = final.soft(kept.features) if soft else kept.features.new_empty(n_sample, 0)
     labels = labels_of(final, kept.features, kept.indices)
-    return Collected(final, replace(statistics, skipped=skipped), kept.descriptors, labels, assigned, n_clustered)
+    result = collected(
+        final, replace(statistics, skipped=skipped), kept, labels, soft=any(rule.needs_soft for rule in rules)
+    )
+    return replace(result, n_clustered=n_clustered)

@@ -59,7 +59,7 @@ def fit(
 
     images = reader(source, settings, shape)
     parts = split_held_out(held, logits_per_image(settings))
-    cascade, choices, provenance = _build(encoder, settings, example, images, fitted, parts[0], classes)
+    cascade, provenance = _build(encoder, settings, example, images, fitted, parts[0], classes)
     path = cascade.thresholds[None]
     nothing = SettingCounts.count(path, Recorded.empty(len(cascade.rules)))
     _, certificate = certify(path, nothing, cascade.costs, settings.max_disagreement, settings.confidence)
@@ -69,8 +69,8 @@ def fit(
     )  # fmt: skip
     model = calibrate(model, images, parts, settings)
     used = model.provenance
-    seen = np.union1d(used.images, used.shaped) if choices else used.images  # chosen by the images that shape
-    used = replace(used, images=seen, skipped=used.skipped | used.calibration_skipped, choices=tuple(choices))
+    seen = np.union1d(used.images, used.shaped) if used.choices else used.images  # chosen by the images that shape
+    used = replace(used, images=seen, skipped=used.skipped | used.calibration_skipped)
     return replace(model, provenance=used)
 
 
@@ -98,7 +98,7 @@ def _build(
     order: np.ndarray,
     shaping: np.ndarray,
     classes: np.ndarray | None,
-) -> tuple[Cascade, list[ExitChoice], Provenance]:
+) -> tuple[Cascade, Provenance]:
     """Final clusters and a rule at every exit; with exits="auto" those exits that do not pay are left out again."""
     exits, precision, device = settings.exits, settings.runtime.precision, usable_device(settings.device)
 
@@ -147,7 +147,7 @@ def _build(
         cascade = replace(fitted(collected, tapped, rules_of(tapped)), times=times)
     skipped = collected.statistics.skipped
     used_images = SeenImages(used).hashes
-    return cascade, choices, Provenance(used_images, skipped, collected.n_fit, collected.n_clustered)
+    return cascade, Provenance(used_images, skipped, collected.n_fit, collected.n_clustered, tuple(choices))
 
 
 def _choices(cascade: Cascade, settings: Settings, images: Read, shaping: np.ndarray) -> list[ExitChoice]:

@@ -33,9 +33,9 @@ def choose(
     def cost_of(kept: list[int]) -> float:
         work = np.cumsum(stage)
         costs = np.append(work[kept] + np.cumsum(own[kept]), work[-1] + own[kept].sum() + own[-1])
-        part = Recorded(recorded.labels[:, kept], recorded.scores[:, kept], recorded.final)
+        part = recorded.at(kept)
         path = threshold_path(
-            part, costs, n_clusters, per_cluster=False, steps=12, between=4, foretold=foretold[:, kept]
+            part, costs, n_clusters, per_cluster=False, steps=12, between=4, surest=0, foretold=foretold[:, kept]
         )
         cost, agreement = trade_off(path, part, costs)
         return float(cost[agreement >= 1 - max_disagreement].min())

@@ -1,12 +1,18 @@
 """The cascade equals its slow references: one image at a time, and simulation from stored scores."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
-from ssl_exit.data.images import Batch, open_images
+from ssl_exit.cascade import run as engine
+from ssl_exit.cascade.plan import Plan
 from ssl_exit.cascade.run import Run, _Queue
+from ssl_exit.data.images import Batch, open_images
 from ssl_exit.exits.thresholds import simulate
+from ssl_exit.fitting.record import record
+from tests.conftest import batches_of
 
 
 @pytest.fixture
@@ -15,27 +21,30 @@ def test_images(rgb_digits):
 
 
 def run(clusterer, images, batch_size):
-    source = open_images(images)
-    return clusterer.cascade_.run(source.batches(np.arange(len(images)), batch_size), len(images), batch_size)
+    return clusterer.model_.run(batches_of(images, batch_size), len(images), batch_size)
+
+
+def closed(cascade):
+    """The same cascade with thresholds that let nothing exit."""
+    return cascade.at(np.full_like(cascade.thresholds, np.inf))
 
 
 def test_batched_equals_one_by_one_equals_simulated(fitted, test_images):
-    source = open_images(test_images)
-    recorded, _ = fitted.cascade_.record(source.batches(np.arange(len(test_images)), 64), len(test_images))
-    labels, exits = simulate(recorded, fitted.cascade_.thresholds.numpy())
+    recorded, _ = record(fitted.model_.cascade, batches_of(test_images, 64))
+    labels, exits = simulate(recorded, fitted.model_.cascade.thresholds)
     assert len(np.unique(exits)) >= 3  # otherwise equality shows little
     sizes = np.random.default_rng(0).integers(2, 150, size=5).tolist()
     for batch_size in [1, *sizes, len(test_images), 1000]:
         result = run(fitted, test_images, batch_size)
         np.testing.assert_array_equal(result.labels, labels)
         np.testing.assert_array_equal(result.exits, exits)
-        np.testing.assert_allclose(result.cost, fitted.cascade_.plan().costs[exits])
+        np.testing.assert_allclose(result.cost, fitted.model_.plan.costs[exits])
 
 
 def test_a_batch_that_is_never_compacted_gives_the_same(fitted, test_images, monkeypatch):
     compacted = run(fitted, test_images, 1000)
     asked = []
-    monkeypatch.setattr(fitted.cascade_, "compacting_pays", lambda *args: asked.append(args[1:]))
+    monkeypatch.setattr(fitted.model_.plan, "compacting_pays", lambda *args: asked.append(args[1:]))
     result = run(fitted, test_images, 1000)
     assert asked
     assert all(before == len(test_images) > after for before, after in asked)
@@ -43,43 +52,42 @@ def test_a_batch_that_is_never_compacted_gives_the_same(fitted, test_images, mon
         np.testing.assert_array_equal(getattr(result, name), getattr(compacted, name))
     np.testing.assert_allclose(result.scores, compacted.scores, atol=1e-5)
     audit = np.random.default_rng(0).random(len(test_images)) < 0.5
-    audited = fitted.cascade_.run(
-        open_images(test_images).batches(np.arange(len(test_images)), 1000), len(test_images), 1000, audit
-    )
+    audited = fitted.model_.run(batches_of(test_images, 1000), len(test_images), 1000, audit)
     np.testing.assert_array_equal(audited.labels, compacted.labels)
     np.testing.assert_array_equal(audited.audited >= 0, audit & (compacted.exits < len(fitted.exit_points_)))
 
 
 def test_exits_at_which_nothing_leaves_do_no_work(fitted, test_images):
     """Only exits before a live one that builds on them still describe; the last stages run as one."""
-    cascade = fitted.cascade_.with_own_rules()
-    cascade.thresholds[1] = fitted.cascade_.thresholds[1]
-    batches = list(open_images(test_images).batches(np.arange(len(test_images)), 64))
-    some = cascade.run(batches, len(test_images), 64)
+    thresholds = np.full_like(fitted.model_.cascade.thresholds, np.inf)
+    thresholds[1] = fitted.model_.cascade.thresholds[1]
+    cascade = fitted.model_.cascade.at(thresholds)
+    plan, batches = Plan(cascade), list(batches_of(test_images, 64))
+    some = engine.run(plan, batches, len(test_images), 64)
     assert set(some.exits.tolist()) <= {1, len(fitted.exit_points_)}
-    found = cascade.plan().segments
+    found = plan.segments
     assert [(s.stages, s.exit) for s in found] == [(range(2), 1), (range(2, len(cascade.rules) + 1), None)]
     assert found[0].asked == [1]
     assert found[0].described == ([0, 1] if cascade.tapped.accumulate else [1])
     assert found[1].described == found[1].asked == []
-    recorded, _ = cascade.record(batches, len(test_images))
-    np.testing.assert_array_equal(some.labels, simulate(recorded, cascade.thresholds.numpy())[0])
-    own = cascade.plan().costs - fitted.cascade_.costs
+    recorded, _ = record(cascade, batches)
+    np.testing.assert_array_equal(some.labels, simulate(recorded, cascade.thresholds)[0])
+    own = plan.costs - cascade.costs
     assert own[-1] < 0
-    assert cascade.with_own_rules().plan().costs[-1] == pytest.approx(1)
+    assert Plan(closed(cascade)).costs[-1] == pytest.approx(1)
 
 
 def test_one_synchronisation_a_run_of_a_segment(fitted, test_images, monkeypatch):
     """On a GPU the host waits where it must know how many go on, and nowhere else."""
-    cascade = fitted.cascade_
+    plan = fitted.model_.plan
     waits, calls = [], []
-    nonzero, call = torch.Tensor.nonzero, type(cascade).call
+    nonzero, call = torch.Tensor.nonzero, Plan.call
     monkeypatch.setattr(torch.Tensor, "nonzero", lambda self: waits.append(1) or nonzero(self))
-    monkeypatch.setattr(type(cascade), "call", lambda self, s, *a, **k: calls.append(s.exit) or call(self, s, *a, **k))
+    monkeypatch.setattr(Plan, "call", lambda self, s, *a, **k: calls.append(s.exit) or call(self, s, *a, **k))
     for name in ("item", "tolist", "cpu", "numpy", "__bool__"):
         method = getattr(torch.Tensor, name)
         monkeypatch.setattr(torch.Tensor, name, lambda self, *a, m=method: waits.append(1) or m(self, *a))
-    run_ = Run(cascade, len(test_images), 32)
+    run_ = Run(plan, len(test_images), 32)
     waits.clear()
     for batch in open_images(test_images).batches(np.arange(len(test_images)), 32):
         run_.push(batch)
@@ -90,27 +98,27 @@ def test_one_synchronisation_a_run_of_a_segment(fitted, test_images, monkeypatch
 def test_a_single_batch_with_an_unreadable_image_goes_straight_through(fitted, test_images, monkeypatch):
     (batch,) = open_images(test_images[:20]).batches(np.arange(20), 64)
     with_hole = Batch(batch.indices + 1, batch.images, {0: "unreadable"})
-    plain = fitted.cascade_.run([batch], 20, 64)
+    plain = fitted.model_.run([batch], 20, 64)
     monkeypatch.setattr(_Queue, "put", None)
-    result = fitted.cascade_.run([with_hole], 21, 64)
+    result = fitted.model_.run([with_hole], 21, 64)
     np.testing.assert_array_equal(result.labels[1:], plain.labels)
     assert result.labels[0] == -1
 
 
 @pytest.mark.parametrize("audited", [False, True])
 def test_a_single_image_comes_out_as_among_others(fitted, test_images, audited):
-    """A single image takes a way of its own; in every field it equals the same image in a batch."""
+    """In every field a single image equals the same image in a batch."""
     images = test_images[:60].clone()
     images[3, 0, 2, 2] = torch.nan
     n, audit = len(images) + 1, np.full(len(images) + 1, audited)
     indices = torch.arange(1, n)
-    together = fitted.cascade_.run([Batch(indices, images, {0: "unreadable"})], n, n, audit)
+    together = fitted.model_.run([Batch(indices, images, {0: "unreadable"})], n, n, audit)
     assert len(np.unique(together.exits)) >= 3
     assert (together.audited >= 0).any() == audited
     one = torch.zeros(1, dtype=torch.int64)
     for i in range(n):
         batch = Batch(one, images[i - 1 : i]) if i else Batch(one[:0], torch.empty(0), {0: "unreadable"})
-        found = fitted.cascade_.run([batch], 1, 64, audit[:1])
+        found = fitted.model_.run([batch], 1, 64, audit[:1])
         assert found.skipped == ({0: together.skipped[i]} if i in together.skipped else {})
         for name in ("labels", "exits", "scores", "cost", "audited"):
             mine, theirs = getattr(found, name), getattr(together, name)
@@ -119,8 +127,7 @@ def test_a_single_image_comes_out_as_among_others(fitted, test_images, audited):
 
 
 def test_scores_are_those_of_the_exit_taken(fitted, test_images):
-    source = open_images(test_images)
-    recorded, _ = fitted.cascade_.record(source.batches(np.arange(len(test_images)), 50), len(test_images))
+    recorded, _ = record(fitted.model_.cascade, batches_of(test_images, 50))
     result = run(fitted, test_images, 32)
     early = result.exits < len(fitted.exit_points_)
     taken = recorded.scores[np.flatnonzero(early), result.exits[early]]
@@ -137,11 +144,11 @@ def test_order_of_input_is_the_order_of_output(fitted, test_images):
 
 @pytest.mark.parametrize("batch_size", [16, 200])
 def test_stages_compute_survivors_only_and_full_batches(fitted, test_images, batch_size, monkeypatch):
-    monkeypatch.setattr(fitted.cascade_, "times", None)
-    rows = [[] for _ in fitted.cascade_.tapped.staged.stages]
+    monkeypatch.setattr(fitted.model_.plan, "cascade", replace(fitted.model_.cascade, times=None))
+    rows = [[] for _ in fitted.model_.cascade.tapped.staged.stages]
     hooks = [
         stage.register_forward_pre_hook(lambda _, args, i=i: rows[i].append(len(args[0])))
-        for i, stage in enumerate(fitted.cascade_.tapped.staged.stages)
+        for i, stage in enumerate(fitted.model_.cascade.tapped.staged.stages)
     ]
     try:
         result = run(fitted, test_images, batch_size)
@@ -185,16 +192,15 @@ def test_images_that_are_not_finite_never_leave_early_and_are_reported(fitted, t
 
 
 def test_never_and_always(fitted, test_images):
-    cascade = fitted.cascade_.with_own_rules()
-    source = open_images(test_images)
-    batches = list(source.batches(np.arange(len(test_images)), 64))
-    full, _ = cascade.full(batches, len(test_images), 64)
-    never = cascade.run(batches, len(test_images), 64)
+    cascade = closed(fitted.model_.cascade)
+    batches = list(batches_of(test_images, 64))
+    full = fitted.model_.run_full(batches, len(test_images), 64).labels
+    never = engine.run(Plan(cascade), batches, len(test_images), 64)
     np.testing.assert_array_equal(never.labels, full)
     assert (never.exits == len(fitted.exit_points_)).all()
     np.testing.assert_allclose(never.cost, 1)  # exits at which nothing can leave do no work
-    cascade.thresholds.zero_()
-    assert (cascade.run(batches, len(test_images), 64).exits == 0).all()
+    always = Plan(cascade.at(np.zeros_like(cascade.thresholds)))
+    assert (engine.run(always, batches, len(test_images), 64).exits == 0).all()
 
 
 def test_whole_encoder_labels_are_those_of_the_untouched_encoder(fitted, test_images):

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from ssl_exit.cascade.times import StageTimes, segment_seconds, stage_times
+from ssl_exit.cascade.times import StageTimes, stage_times
+from ssl_exit.measure.seconds import segment_seconds
 
 TIMES = StageTimes(
     sizes=np.array([1, 8, 64]),
@@ -37,12 +38,13 @@ def test_without_an_exit_its_stages_are_one():
 
 def test_times_of_a_cascade(fitted, rgb_digits):
     stops = len(fitted.exit_points_) + 1
-    times = stage_times(fitted.cascade_, rgb_digits[:32], repeats=2)
+    model, cascade = fitted.model_, fitted.model_.cascade
+    times = stage_times(cascade.tapped, cascade.rules, cascade.final, rgb_digits[:32], repeats=2)
     assert times.sizes.tolist() == [1, 8, 32]
     assert times.stages.shape == times.exits.shape == (3, stops)
     assert times.moves.shape == (3, stops - 1)
     assert all((seconds > 0).all() for seconds in (times.stages, times.exits, times.moves))
-    segments, whole = segment_seconds(fitted.cascade_, rgb_digits[:32], 64, repeats=2)
-    assert len(segments) == len(fitted.cascade_.plan().segments)
+    segments, whole = segment_seconds(model.plan, model.full_plan, rgb_digits[:32], 64, repeats=2)
+    assert len(segments) == len(model.plan.segments)
     assert (segments > 0).all()
     assert whole > 0

@@ -1,26 +1,33 @@
 """What a certificate is about: hashes of images and weights, overlap found by content, and what voids it."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from ssl_exit import EncoderSpec, ExitClusterer, load
+from ssl_exit import EncoderSpec, load
+from ssl_exit.data.hashes import SeenImages, image_hashes, images_hash, tensors_hash, unseen
 from ssl_exit.data.images import Batch
 from ssl_exit.data.preprocessing import Preprocessing
 from ssl_exit.errors import InputError
 from ssl_exit.exits.across import AcrossExits
-from ssl_exit.data.hashes import SeenImages, image_hashes, images_hash, tensors_hash, unseen
+from tests.conftest import clusterer
 
 SPEC = EncoderSpec("ssl_exit.encoders.small:digits_encoder")
-SETTINGS = {"max_disagreement": 0.3, "confidence": 0.8, "progress": False, "device": "cpu"}
+SETTINGS = {"max_disagreement": 0.3, "confidence": 0.8}
+
+
+def changed(c, **fields):
+    """Put a model with another cascade in the place of the fitted one."""
+    c.model_ = replace(c.model_, cascade=replace(c.model_.cascade, **fields))
 
 
 @pytest.fixture
 def fitted(digits):
     torch.manual_seed(0)
-    return ExitClusterer(SPEC, **SETTINGS).fit(digits[:900])
+    return clusterer(SPEC, **SETTINGS).fit(digits[:900])
 
 
 def test_hashes_know_contents_and_nothing_else(digits):
@@ -61,13 +68,13 @@ def test_calibrating_on_images_that_fit_used_is_refused(fitted, digits, tmp_path
             c.calibrate(mixed)
         assert c.certificate_ == before
         c.calibrate(digits[900:])  # and others are not
-        assert c.certificate_.fingerprint.images != before.fingerprint.images
+        assert c.certificate_.issued_for["images"] != before.issued_for["images"]
 
 
 def test_copies_within_the_images_certify_nothing(digits):
     """Each image twice: a held-out image whose copy was fitted on, shaped thresholds or certified is left out."""
     torch.manual_seed(0)
-    c = ExitClusterer(SPEC, **SETTINGS)
+    c = clusterer(SPEC, **SETTINGS)
     with pytest.warns(UserWarning, match="an image of the same content"):
         c.fit(torch.cat([digits[:900], digits[:900]]))
     order = np.random.default_rng(0).permutation(1800) % 900
@@ -78,8 +85,11 @@ def test_copies_within_the_images_certify_nothing(digits):
 @pytest.mark.parametrize(
     ("change", "what"),
     [
-        (lambda c: c.cascade_.thresholds.fill_(0.7), "thresholds, rules or clusters"),
-        (lambda c: c.cascade_.final.centroids.neg_(), "thresholds, rules or clusters"),
+        (
+            lambda c: changed(c, thresholds=np.full_like(c.model_.cascade.thresholds, 0.7)),
+            "thresholds, rules or clusters",
+        ),
+        (lambda c: c.model_.cascade.final.centroids.neg_(), "thresholds, rules or clusters"),
         (lambda c: next(c.encoder_.parameters()).data.add_(1e-3), "encoder"),
         (lambda c: setattr(c, "preprocessing", Preprocessing(8, (0.5,), (1.0,))), "preprocessing"),
     ],
@@ -113,7 +123,7 @@ def test_a_certificate_after_new_weights_is_about_what_a_load_will_run(fitted, d
 
 def test_other_settings_than_certified_are_noticed(fitted):
     assert fitted.certificate_.void == ""
-    fitted.cascade_.across = AcrossExits(patience=2)
+    changed(fitted, across=AcrossExits(patience=2))
     assert fitted.certificate_.void == "thresholds, rules or clusters changed since it was issued"
 
 
@@ -124,7 +134,7 @@ def test_another_architecture_of_the_same_weights_is_noticed(digits, tmp_path):
         layers = [layer for conv in convolutions for layer in (conv, activation())]
         return torch.nn.Sequential(*layers, torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
 
-    ExitClusterer(encoder(torch.nn.ReLU), **SETTINGS).fit(digits[:900]).save(tmp_path / "model")
+    clusterer(encoder(torch.nn.ReLU), **SETTINGS).fit(digits[:900]).save(tmp_path / "model")
     assert load(tmp_path / "model", encoder(torch.nn.ReLU), device="cpu").certificate_.void == ""
     with pytest.warns(UserWarning, match="the certificate is void, encoder changed"):
         load(tmp_path / "model", encoder(torch.nn.GELU), device="cpu")
@@ -134,7 +144,7 @@ def test_the_certificate_travels(fitted, tmp_path):
     fitted.save(tmp_path / "model")
     saved = json.loads((tmp_path / "model" / "model.json").read_text())["certificate"]
     assert saved["void"] == ""
-    for name in ("max_disagreement", "confidence", "n", "disagreements", "bound", "fingerprint"):
+    for name in ("max_disagreement", "confidence", "n", "disagreements", "bound", "issued_for"):
         assert saved[name] is not None
-    assert set(saved["fingerprint"]) == {"encoder", "preprocessing", "exits", "images", "version"}
+    assert set(saved["issued_for"]) == {"encoder", "preprocessing", "exits", "images", "version"}
     assert load(tmp_path / "model", device="cpu").certificate_ == fitted.certificate_

@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from ssl_exit.errors import InputError
 from ssl_exit.exits.across import AcrossExits
 from ssl_exit.exits.means import EuclideanRule
 
@@ -19,18 +18,15 @@ def exits(n=50, e=4, seed=0):
 
 
 def run(across, rules, logits):
-    carried = across.begin(len(logits), K, torch.device("cpu"))
-    found = []
-    for i, rule in enumerate(rules):
-        label, score, carried = across.decide(rule, logits[:, i], carried, i)
-        found.append((label, score))
-        assert carried.shape == (len(logits), across.width(K))
-    return torch.stack([f[0] for f in found], 1), torch.stack([f[1] for f in found], 1)
+    state = across.begin(len(logits), K, torch.device("cpu"))
+    assert state.shape == across.decide(rules[0], logits[:, 0], state, 0)[2].shape == (len(logits), across.width(K))
+    return across.decide_all(tuple(rules), list(logits.unbind(1)))
 
 
 def test_off_means_every_exit_for_itself():
     rules, logits = exits()
-    labels, scores = run(AcrossExits(), rules, logits)
+    assert not AcrossExits().active
+    labels, scores = AcrossExits().decide_all(tuple(rules), list(logits.unbind(1)))
     for i, rule in enumerate(rules):
         label, score = rule.decide(logits[:, i])
         assert torch.equal(labels[:, i], label)
@@ -65,9 +61,3 @@ def test_nan_stays_nan():
     _, scores = run(AcrossExits(ensemble=True), rules, logits)
     assert scores[3, 1:].isnan().all()
     assert scores[:3].isfinite().all()
-
-
-@pytest.mark.parametrize("patience", [0, 1.5])
-def test_wrong_patience_is_refused(patience):
-    with pytest.raises(InputError, match="patience must be a whole number >= 1"):
-        AcrossExits(patience)

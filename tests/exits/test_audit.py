@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from ssl_exit import ExitClusterer
-from ssl_exit.exits.audit import BETS, BLOCK, DriftAudit
 from ssl_exit.errors import InputError
+from ssl_exit.exits.audit import BETS, BLOCK, DriftAudit
+from tests.conftest import batches_of, clusterer
 from tests.test_clusterer import CIFAR
 
 
@@ -84,16 +84,14 @@ def images(cifar):
 @pytest.fixture(scope="module")
 def audited(simclr_spec, images):
     """A clusterer of real images that audits a fifth; fitted to 1,500 of them."""
-    c = ExitClusterer(
-        simclr_spec, n_clusters=4, max_disagreement=0.1, audit=0.2, preprocessing=CIFAR, device="cpu", holdout=0.4
-    )
+    c = clusterer(simclr_spec, CIFAR, n_clusters=4, max_disagreement=0.1, audit=0.2, holdout=0.4)
     return c.fit(images[:1500])
 
 
 def test_auditing_changes_no_label_and_costs_what_it_says(audited, images):
     images = images[1500:1900]
-    audited._watch()
-    plain = audited.cascade_.run(audited._batches(audited._open(images), np.arange(400), "x"), 400, audited.batch_size)
+    audited._hold(audited.model_)
+    plain = audited.model_.run(batches_of(CIFAR(images), audited.batch_size), 400)
     found = audited.run(images)
     for name in ("labels", "exits", "scores"):
         np.testing.assert_array_equal(getattr(found, name), getattr(plain, name))
@@ -102,7 +100,7 @@ def test_auditing_changes_no_label_and_costs_what_it_says(audited, images):
     assert not (taken & ~early).any()
     assert 0.1 < taken.sum() / early.sum() < 0.3
     np.testing.assert_array_equal(found.audited[taken], audited.predict_full(images)[taken])
-    np.testing.assert_allclose(found.cost, np.where(taken, audited.cascade_.plan().costs[-1], plain.cost))
+    np.testing.assert_allclose(found.cost, np.where(taken, audited.model_.plan.costs[-1], plain.cost))
     assert audited.audit_.images == 400
     assert audited.audit_.audited == taken.sum()
     assert audited.audit_.disagreements == (found.audited != found.labels)[taken].sum()
@@ -110,7 +108,7 @@ def test_auditing_changes_no_label_and_costs_what_it_says(audited, images):
 
 
 def test_clean_images_raise_no_alarm_and_noise_does(audited, images, recwarn):
-    audited._watch()
+    audited._hold(audited.model_)
     clean = images[1500:]
     for _ in range(5):
         audited.predict(clean)
@@ -128,7 +126,7 @@ def test_clean_images_raise_no_alarm_and_noise_does(audited, images, recwarn):
 def test_images_of_a_call_are_taken_in_random_order(audited, images):
     """A folder comes class by class, and classes disagree more or less: in order, that would look like a drift."""
     by_cluster = images[1500:][torch.from_numpy(np.argsort(audited.predict_full(images[1500:]), kind="stable"))]
-    audited._watch()
+    audited._hold(audited.model_)
     shuffled = []
     audited.audit_.update = lambda audited, disagree: shuffled.append(disagree)
     found = audited.run(by_cluster)

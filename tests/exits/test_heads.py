@@ -13,7 +13,7 @@ from ssl_exit.exits.centroid import CentroidRule
 from ssl_exit.exits.eenet import EENetRule
 from ssl_exit.exits.heads import _Trainee, one_cycle
 from ssl_exit.exits.mlp import MLPRule
-from ssl_exit.exits.rules import Training
+from ssl_exit.exits.rules import FitData
 from ssl_exit.exits.sdn import SDNRule
 from ssl_exit.exits.statistics import ClusterStatistics
 
@@ -34,7 +34,7 @@ def data():
 def training(x, labels, k=2):
     statistics = ClusterStatistics.empty(k, x.double().mean(0))
     statistics.add(x, labels)
-    return Training(statistics, x, labels, torch.nn.functional.one_hot(labels, k).float(), seed=0)
+    return FitData(statistics, x, labels, torch.nn.functional.one_hot(labels, k).float(), seed=0)
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -131,7 +131,7 @@ def test_dearer_exits_make_eenet_leave_earlier(data):
 
 def test_soft_targets_teach_how_sure_to_be(data):
     x, labels, unseen, _ = data
-    unsure = Training(training(x, labels).statistics, x, labels, torch.full((len(x), 2), 0.5), seed=0)
+    unsure = FitData(training(x, labels).statistics, x, labels, torch.full((len(x), 2), 0.5), seed=0)
     rule = MLPRule(2, 2, epochs=5)
     rule.fit(unsure)
     assert rule(unseen)[1].max() < 0.7

@@ -16,7 +16,7 @@ from ssl_exit.exits.mahalanobis import MahalanobisRule, oas_shrinkage
 from ssl_exit.exits.means import EuclideanRule
 from ssl_exit.exits.own_clusters import KMeansRule, PrototypesRule
 from ssl_exit.exits.registry import build_rules
-from ssl_exit.exits.rules import RULES, Training
+from ssl_exit.exits.rules import RULES, FitData
 from ssl_exit.exits.statistics import ClusterStatistics
 
 
@@ -33,7 +33,7 @@ def data():
 def training(x, labels, k=10):
     statistics = ClusterStatistics.empty(k, torch.zeros(x.shape[1]))
     statistics.add(x, labels)
-    return Training(statistics, x, labels, torch.nn.functional.one_hot(labels, k).float(), seed=0)
+    return FitData(statistics, x, labels, torch.nn.functional.one_hot(labels, k).float(), seed=0)
 
 
 def fit(rule, x, labels, k=10, **options):

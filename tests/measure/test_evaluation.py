@@ -50,6 +50,6 @@ def test_nothing_usable_is_an_error(fitted, rgb_digits):
 def test_stage_times_of_a_cascade_predict_and_the_verdict_says_why(evaluation):
     assert 0 < evaluation.time_of_exits < evaluation.cost_time_predicted
     slow = replace(evaluation, cost_time=1.2, cost_time_predicted=1.1, time_of_exits=0.3)
-    assert slow.verdict.startswith("exits do not pay here: images that leave early save 20.0% of the whole")
+    assert slow.verdict.startswith("exits do not pay here: images that leave early save 20.0% of the full")
     assert "exits' own work takes 30.0%, queues and moving 10.0%" in slow.verdict
     assert replace(slow, cost_time=0.7).verdict.startswith("exits pay: ")

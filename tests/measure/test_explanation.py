@@ -55,7 +55,7 @@ def test_who_comes_who_leaves_and_who_would():
     [
         (recorded(), NOTHING, certificate(n=0), r"nothing was held out \(holdout=0\)"),
         (recorded(), NOTHING, certificate(n=100), "100 images certify nothing.*needs at least 2995"),
-        (recorded(right=0.5), NOTHING, certificate(n=9000), "surest 1% at . agree with the whole encoder on only"),
+        (recorded(right=0.5), NOTHING, certificate(n=9000), "surest 1% at . agree with the full encoder on only"),
         (
             recorded(),
             np.full((2, K), 0.99),

@@ -32,11 +32,11 @@ def test_it_goes_on_behind_the_last_whole_row_wherever_it_was_cut(tmp_path):
     text = whole.read_bytes()
     rows = [0]
     for cut in [*range(0, len(text), 3), len(text)]:
-        with LabelFile(file, NAMES, EXITS, "key") as begun:
-            begun.draft.write_bytes(text[:cut])  # as a kill would leave it
+        with LabelFile(file, NAMES, EXITS, "key") as started:
+            started.draft.write_bytes(text[:cut])  # as a kill would leave it
         with LabelFile(file, NAMES, EXITS, "key") as labels:
-            rows.append(labels.begun)
-            labels.add(result_of([1, 2, 3, 4, 5, 6][labels.begun :]))
+            rows.append(labels.n_rows)
+            labels.add(result_of([1, 2, 3, 4, 5, 6][labels.n_rows :]))
         assert file.read_bytes() == text
         file.unlink()
         assert [f.name for f in tmp_path.iterdir()] == ["whole.csv"]
@@ -51,9 +51,9 @@ def test_rows_of_another_model_or_of_other_images_are_not_gone_on_with(tmp_path)
     assert not file.exists()  # four are missing
     for names, exits, key in ((NAMES[1:], EXITS, "key"), (NAMES, ["other", "end"], "key"), (NAMES, EXITS, "other")):
         with LabelFile(file, names, exits, key) as other:
-            assert other.begun == 0
+            assert other.n_rows == 0
     with LabelFile(file, NAMES, EXITS, "key") as labels:
-        assert labels.begun == 2
+        assert labels.n_rows == 2
 
 
 def test_what_is_no_file_is_refused_before_the_work(tmp_path):

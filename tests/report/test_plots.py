@@ -1,5 +1,8 @@
 """The picture is drawn for one exit as for many, and for colour as for grey."""
 
+import copy
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -11,13 +14,11 @@ from ssl_exit.report.plots import plot_exits
 @pytest.mark.parametrize("early", [False, True])
 def test_a_picture_is_drawn(fitted, rgb_digits, tmp_path, colour, early):
     images = rgb_digits[800:]
-    thresholds = fitted.cascade_.thresholds.clone()
-    try:
-        if not early:
-            fitted.cascade_.thresholds.fill_(np.inf)
-        evaluation = fitted.evaluate(images)
-    finally:
-        fitted.cascade_.thresholds.copy_(thresholds)
+    c = copy.copy(fitted)
+    if not early:
+        cascade = c.model_.cascade
+        c.model_ = replace(c.model_, cascade=cascade.at(np.full_like(cascade.thresholds, np.inf)))
+    evaluation = c.evaluate(images)
     pictures = np.clip(images.permute(0, 2, 3, 1).numpy(), 0, 1)
     file = tmp_path / "exits.png"
     plot_exits(file, evaluation, pictures if colour else pictures[..., 0], fitted.trade_off(images), "a title")

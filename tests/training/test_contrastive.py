@@ -13,9 +13,9 @@ from ssl_exit.data.preprocessing import Preprocessing
 from ssl_exit.encoders.small import digits_encoder
 from ssl_exit.encoders.tapped import TappedEncoder
 from ssl_exit.errors import InputError
+from ssl_exit.settings import Optimization
 from ssl_exit.training.contrastive import contrastive_loss
 from ssl_exit.training.methods import build_training
-from ssl_exit.training.module import Optimization
 from ssl_exit.training.run import seeded, train
 
 SMALL = Preprocessing(8, (0.0,), (1.0,))

@@ -5,16 +5,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ssl_exit import ExitClusterer
-from ssl_exit.training.loader import PixelsInMemory
+from ssl_exit.data.images import TensorImages
 from ssl_exit.data.preprocessing import Preprocessing
 from ssl_exit.encoders.small import digits_encoder
 from ssl_exit.encoders.tapped import TappedEncoder
 from ssl_exit.errors import InputError
 from ssl_exit.exits.eenet import cost_aware_loss
+from ssl_exit.settings import Optimization
 from ssl_exit.training.methods import build_training
-from ssl_exit.training.module import Optimization
 from ssl_exit.training.run import seeded, train
+from tests.conftest import clusterer
 
 SMALL = Preprocessing(8, (0.0,), (1.0,))
 HOW = Optimization("adamw", 1e-3, weight_decay=1e-4, schedule="one_cycle")
@@ -41,7 +41,7 @@ def build(weights, **options):
 
 def begun(weights, digits, **options):
     encoder, module = build(weights, **options)
-    module.attach(PixelsInMemory(digits[:700]), np.arange(100, 700), 0)
+    module.attach(TensorImages(digits[:700], pixels=True), np.arange(100, 700), 0)
     module._begin_round()
     return encoder, module
 
@@ -158,7 +158,7 @@ def test_exits_become_cheaper(weights, digits):
         if name == "after":
             train(module, digits[:900], epochs=20, batch_size=100, progress=False)
         exits = [point.name for point in module.tapped.staged.exit_points]
-        c = ExitClusterer(encoder, n_clusters=10, exits=exits, holdout=0, progress=False).fit(digits[:900])
+        c = clusterer(encoder, exits=exits, holdout=0).fit(digits[:900])
         c.calibrate(digits[900:1350])
         cost, agreement = c.trade_off(digits[1350:])
         costs[name] = np.mean([cost[agreement >= asked].min() for asked in (0.95, 0.98, 0.99)])

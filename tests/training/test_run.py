@@ -19,11 +19,11 @@ from ssl_exit.data.preprocessing import Preprocessing
 from ssl_exit.encoders.small import digits_encoder
 from ssl_exit.encoders.tapped import TappedEncoder
 from ssl_exit.errors import InputError
+from ssl_exit.settings import Optimization
 from ssl_exit.training.contrastive import MoCo, SimCLR
 from ssl_exit.training.distillation import SelfDistillation
 from ssl_exit.training.logs import read_curve
 from ssl_exit.training.methods import build_training
-from ssl_exit.training.module import Optimization
 from ssl_exit.training.monitor import knn_accuracy_predictions
 from ssl_exit.training.run import newest_checkpoint, seeded, train
 
@@ -103,11 +103,11 @@ def test_images_that_workers_fetch_ahead_come_in_the_same_order_after_a_stop(tmp
     stop_at = None
     losses = SimCLR.losses
 
-    def noted(self, given, views):
+    def noted(self, target, views):
         if self.current_epoch == stop_at:
             raise KeyboardInterrupt
-        seen.append((self.current_epoch, given.tolist()))
-        return losses(self, given, views)
+        seen.append((self.current_epoch, target.tolist()))
+        return losses(self, target, views)
 
     monkeypatch.setattr(SimCLR, "losses", noted)
     main(command(tmp_path / "whole", *words))
@@ -149,16 +149,16 @@ def test_a_folder_with_training_is_not_written_over_nor_resumed_with_other_setti
 
 
 def test_other_hyperparameters_are_not_gone_on_with_in_python_either(tmp_path, digits):
-    given = {"epochs": 1, "batch_size": 50, "out": tmp_path, "progress": False}
-    train(module_of(digits), digits[:100], **given)
-    train(module_of(digits), digits[:100], **given, resume=True)
+    options = {"epochs": 1, "batch_size": 50, "out": tmp_path, "progress": False}
+    train(module_of(digits), digits[:100], **options)
+    train(module_of(digits), digits[:100], **options, resume=True)
     other = module_of(digits)
     other.optimization = replace(other.optimization, learning_rate=5.0)
     with pytest.raises(InputError, match="other settings: module optimization"):
-        train(other, digits[:100], **given, resume=True)
+        train(other, digits[:100], **options, resume=True)
     same = (other.tapped, other.views, other.preprocessing, module_of(digits).optimization)
     with pytest.raises(InputError, match="other settings: module options"):
-        train(SimCLR(*same, temperature=0.9), digits[:100], **given, resume=True)
+        train(SimCLR(*same, temperature=0.9), digits[:100], **options, resume=True)
     for one, two in [
         (SimCLR(*same), SimCLR(*same, exit_weight=1.0)),
         (MoCo(*same), MoCo(*same, bank=64)),
@@ -221,11 +221,11 @@ def test_a_loss_that_is_not_finite_stops_with_its_step_and_the_last_good_checkpo
     ("options", "message"),
     [
         ({"batch_size": 128}, "100 images do not fill one batch of 128"),
-        ({"epochs": 0}, "needs epochs and monitor_every >= 1"),
-        ({"batch_size": 1}, "batch_size must be a multiple of devices, at least two each"),
+        ({"epochs": 0}, r"epochs must be a whole number in \[1, inf\)"),
+        ({"batch_size": 1}, r"batch_size must be a whole number in \[2, inf\)"),
         ({"logger": "wandb"}, "logger must be one of"),
         ({"device": "cuda:1"}, "device must be one of"),
-        ({"precision": "int8"}, "precision one of"),
+        ({"precision": "int8"}, "precision must be one of"),
         ({"resume": True}, "resume needs a folder"),
     ],
 )

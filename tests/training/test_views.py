@@ -15,6 +15,7 @@ from scipy.ndimage import gaussian_filter
 from scipy.stats import ks_2samp
 from sklearn.datasets import load_sample_image
 
+from ssl_exit.errors import InputError
 from ssl_exit.training.views import (
     DrawingViews,
     PhotoViews,
@@ -28,7 +29,6 @@ from ssl_exit.training.views import (
     saturated,
     simclr_views,
 )
-from ssl_exit.errors import InputError
 
 RAW = {"mean": [0.0] * 3, "std": [1.0] * 3}
 
