@@ -29,13 +29,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ssl_exit import ExitClusterer
-from ssl_exit.training.loader import PixelsInMemory
 from ssl_exit.encoders.build import EncoderSpec
 from ssl_exit.encoders.tapped import TappedEncoder
 from ssl_exit.exits.thresholds import simulate, trade_off
 from ssl_exit.measure.metrics import against_targets
 from ssl_exit.report.tables import text_table
 from ssl_exit.training import Optimization, build_training, train
+from ssl_exit.training.loader import PixelsInMemory
 from ssl_exit.training.monitor import knn_accuracy_predictions
 
 HOW = PREPROCESSING["simclr"]

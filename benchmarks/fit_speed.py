@@ -25,10 +25,10 @@ from common import PREPROCESSING, cifar, encoder, report, spread
 from sklearn.cluster import KMeans
 
 from ssl_exit import ExitClusterer
+from ssl_exit.cascade.memory import kept_memory
 from ssl_exit.encoders.tapped import TappedEncoder
 from ssl_exit.exits.kmeans import kmeans
 from ssl_exit.fitting import SAMPLE
-from ssl_exit.cascade.memory import kept_memory
 from ssl_exit.report.tables import text_table
 
 HOW = PREPROCESSING["simclr"]

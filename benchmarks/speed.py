@@ -35,11 +35,11 @@ from torch import Tensor, nn
 
 from ssl_exit import EncoderSpec, ExitClusterer
 from ssl_exit.cascade.cascade import Cascade
+from ssl_exit.cascade.memory import kept_memory
+from ssl_exit.cascade.times import now, segment_seconds
 from ssl_exit.data.images import open_images
 from ssl_exit.encoders.compiling import call_compiled, compile_for_inference
-from ssl_exit.cascade.memory import kept_memory
 from ssl_exit.report.tables import text_table
-from ssl_exit.cascade.times import now, segment_seconds
 
 Way = Callable[[Tensor], np.ndarray]  # images to labels
 LEAVING = (0.4, 0.25, 0.2, 0.2)

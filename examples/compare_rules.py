@@ -11,7 +11,7 @@ import warnings
 import torch
 from sklearn.datasets import load_digits
 
-from ssl_exit import ExitClusterer
+from ssl_exit import Calibration, ExitClusterer, Exits, Rule, Runtime
 from ssl_exit.encoders.small import digits_encoder
 
 images = torch.tensor(load_digits().images, dtype=torch.float32)[:, None] / 16
@@ -21,14 +21,15 @@ encoder = digits_encoder()
 
 warnings.filterwarnings("ignore", message="no image may exit early")
 print(f"{'rule':<12}  cost at 98 %, 95 %, 90 % agreement on {len(test)} unseen images")
-for rule, options in [
+points = ["block2", "block4", "block6"]
+for name, options in [
     ("centroid", {}),
-    ("e2cm", {"descriptor": "average", "accumulate": False, "thresholds": "exit"}),
+    ("e2cm", {"exits": Exits(points, "average", accumulate=False), "calibration": Calibration(thresholds="exit")}),
     ("prototypes", {}),
     ("sdn", {}),
-    ("mlp", {"rule_options": {"hidden": 64, "epochs": 10}}),
+    ("mlp", {"rule": Rule("mlp", {"hidden": 64, "epochs": 10})}),
 ]:
-    exits = ["block2", "block4", "block6"]
-    c = ExitClusterer(encoder, rule=rule, exits=exits, max_disagreement=0.05, progress=False, **options).fit(fit)
+    settings = {"rule": name, "exits": points, "max_disagreement": 0.05, "runtime": Runtime(progress=False)}
+    c = ExitClusterer(encoder, **settings | options).fit(fit)
     cost, agreement = c.trade_off(test)
-    print(f"{rule:<12}  " + "  ".join(f"{cost[agreement >= asked].min():.3f}" for asked in (0.98, 0.95, 0.9)))
+    print(f"{name:<12}  " + "  ".join(f"{cost[agreement >= asked].min():.3f}" for asked in (0.98, 0.95, 0.9)))

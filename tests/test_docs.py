@@ -8,6 +8,7 @@ import torch
 
 from ssl_exit.exits.rules import RULES
 from ssl_exit.training.run import seeded
+from tests.conftest import untrained
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 
@@ -23,6 +24,13 @@ def test_the_lines_on_training_run(rgb_digits):
     code = code_of("training.md").replace("epochs=200", "epochs=1")
     exec(compile(code, "training.md", "exec"), {"encoder": encoder, "images": rgb_digits[:200].clamp(0, 1)})
     assert not torch.equal(encoder[0].weight, before)
+
+
+def test_the_fit_in_pieces_runs(rgb_digits, capsys):
+    code = code_of("scale.md")
+    images = torch.cat([rgb_digits, rgb_digits.flip(3)])
+    exec(compile(code, "scale.md", "exec"), {"encoder": untrained("resnet20", rgb_digits), "images": images})
+    assert "disagreement <= 20.00% with confidence 50%" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("page", ["extend.md"])
