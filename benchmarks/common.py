@@ -4,6 +4,7 @@ import json
 import platform
 import statistics
 import tarfile
+from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ssl_exit import EncoderSpec, Preprocessing
+from ssl_exit import EncoderSpec, ExitClusterer, Preprocessing
 from ssl_exit.data.images import FolderImages
+from ssl_exit.settings import Settings
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
@@ -68,6 +70,13 @@ def encoder(name: str) -> EncoderSpec:
     return EncoderSpec("resnet20_cifar", str(weights))
 
 
+def clusterer(network: Any, preprocessing: Preprocessing | None = None, **flat: Any) -> ExitClusterer:
+    """An ExitClusterer from parameters named as on the command line, without progress bars."""
+    settings = Settings.from_flat({"progress": False} | flat)
+    parameters = {f.name: getattr(settings, f.name) for f in fields(Settings)}
+    return ExitClusterer(network, **parameters, preprocessing=preprocessing)
+
+
 def spread(values: list[float]) -> dict[str, float]:
     """Median, least and most of repeated measurements."""
     return {"median": statistics.median(values), "least": min(values), "most": max(values), "n": len(values)}
@@ -76,6 +85,6 @@ def spread(values: list[float]) -> dict[str, float]:
 def report(name: str, figures: Any) -> None:
     """Print the machine and write the figures to benchmarks/results/NAME.json."""
     RESULTS.mkdir(exist_ok=True)
-    found = {"machine": machine(), "figures": figures}
-    (RESULTS / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
-    print(f"\n{json.dumps(found['machine'])}\nwritten to benchmarks/results/{name}.json")
+    content = {"machine": machine(), "figures": figures}
+    (RESULTS / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
+    print(f"\n{json.dumps(content['machine'])}\nwritten to benchmarks/results/{name}.json")

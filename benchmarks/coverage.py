@@ -28,12 +28,13 @@ from torch import Tensor
 from ssl_exit.cascade.cascade import Cascade
 from ssl_exit.encoders.tapped import TappedEncoder
 from ssl_exit.exits.across import AcrossExits
-from ssl_exit.exits.certificate import GUARANTEES, certify, close_thin_cells
+from ssl_exit.exits.certificate import GUARANTEES, SettingCounts, certify, close_thin_cells
 from ssl_exit.exits.final import FinalClusters
 from ssl_exit.exits.registry import build_rules
 from ssl_exit.exits.statistics import ClusterStatistics
 from ssl_exit.exits.thresholds import NEVER, Recorded, simulate, threshold_path
-from ssl_exit.fitting import Collected
+from ssl_exit.fitting.count import Collected, Statistics
+from ssl_exit.fitting.record import Logits, fit_temperatures
 from ssl_exit.report.tables import text_table
 
 K, EPS, CONFIDENCE = 10, 0.02, 0.95
@@ -57,23 +58,21 @@ def divided(tapped: TappedEncoder, described: Tensor, features: Tensor, seed: in
     labels = final(features[fit])
     statistics = ClusterStatistics.empty(K, described[fit].double().mean(0))
     statistics.add(described[fit], labels)
-    collected = Collected(final, [statistics], described[fit], labels, torch.empty(FIT, 0), {}, FIT)
+    collected = Collected(final, Statistics([statistics]), described[fit], labels, torch.empty(FIT, 0), FIT)
     cascade = collected.fit(tapped, build_rules("centroid", tapped.seen, K), AcrossExits(), seed)
-    return tuple(recorded(cascade, described[rows], features[rows], i == 0) for i, rows in enumerate(parts))
+    shaping, *others = (logits(cascade, described[rows], features[rows]) for rows in parts)
+    rules, shaped = fit_temperatures(cascade.rules, cascade.across, shaping)
+    recorded = [cascade.across.decide_all(rules, one.of_each(rules)) for one in others]
+    pairs = zip(recorded, others, strict=True)
+    return shaped, *(Recorded(labels.numpy(), scores.numpy(), one.final.numpy()) for (labels, scores), one in pairs)
 
 
 @torch.inference_mode()
-def recorded(cascade: Cascade, described: Tensor, features: Tensor, heat: bool) -> Recorded:
-    """What the exits say of images; with `heat` temperatures are set from them first."""
-    columns = zip(cascade.exit_rules, cascade.tapped.columns, strict=True)
-    logits = torch.stack([rule.logits(described[:, part]) for rule, part in columns], dim=1)
-    final = cascade.final(features)
-    if heat:
-        return cascade.fit_temperatures(logits, final)
-    none = cascade.across.begin(len(final), K, final.device)
-    said = [cascade.across.decide(rule, logits[:, i], none, i)[:2] for i, rule in enumerate(cascade.exit_rules)]
-    labels, scores = (torch.stack(each, dim=1).numpy() for each in zip(*said, strict=True))
-    return Recorded(labels, scores, final.numpy())
+def logits(cascade: Cascade, described: Tensor, features: Tensor) -> Logits:
+    """Logits of all exits, and labels of the full encoder."""
+    columns = zip(cascade.rules, cascade.tapped.columns, strict=True)
+    values = torch.stack([rule.logits(described[:, part]) for rule, part in columns], dim=1)
+    return Logits(values.clone(), cascade.final(features).clone())
 
 
 def worst(guarantee: str, others: Recorded, labels: np.ndarray) -> float:
@@ -104,10 +103,10 @@ def real(draws: int, guarantees: list[str]) -> dict[str, list[tuple[float, float
     for seed in range(draws):
         shaping, proof, others = divided(tapped, described, features, seed)
         path = threshold_path(shaping, costs, K)
-        best = oracle(path, others, costs)
+        best, counts = oracle(path, others, costs), SettingCounts.count(path, proof)
         for name in guarantees:
-            thresholds, _ = certify(path, proof, costs, EPS, CONFIDENCE, name)
-            labels, exits = simulate(others, thresholds)
+            setting, _ = certify(path, counts, costs, EPS, CONFIDENCE, name)
+            labels, exits = simulate(others, path[setting])
             share = float((labels != others.final).mean())
             found[name].append((worst(name, others, labels), share, float(costs[exits].mean()), best))
         if seed % 50 == 49:
@@ -131,7 +130,8 @@ def synthetic(draws: int, guarantees: list[str]) -> dict[str, list[tuple[float, 
         shaping, proof = drawn(SHAPE), drawn(CERTIFY)
         for name in guarantees:
             tried = close_thin_cells(path, shaping, CERTIFY, EPS, CONFIDENCE) if name == "exit" else path
-            thresholds = np.minimum(certify(tried, proof, costs, EPS, CONFIDENCE, name)[0][0], 1.0)
+            counts = SettingCounts.count(tried, proof)
+            thresholds = np.minimum(tried[certify(tried, counts, costs, EPS, CONFIDENCE, name)[0]][0], 1.0)
             leaving = float((1 - thresholds).mean())
             risk = float(((1 - thresholds) ** 2 / 2).mean())
             worst_share = {"cluster": ((1 - thresholds) ** 2 / 2).max(), "exit": (1 - thresholds).max() / 2}

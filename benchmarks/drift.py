@@ -16,11 +16,10 @@ import argparse
 import numpy as np
 import torch
 import torchvision.transforms.v2.functional as T
-from common import PREPROCESSING, cifar, encoder, report
+from common import PREPROCESSING, cifar, clusterer, encoder, report
 from sklearn.datasets import load_digits
 from torch import Tensor
 
-from ssl_exit import ExitClusterer
 from ssl_exit.exits.audit import DriftAudit
 from ssl_exit.report.tables import text_table
 
@@ -46,7 +45,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--streams", type=int, default=200)
     args = parser.parse_args()
-    c = ExitClusterer(encoder("simclr"), max_disagreement=EPS, preprocessing=PREPROCESSING["simclr"], batch_size=500)
+    c = clusterer(encoder("simclr"), PREPROCESSING["simclr"], max_disagreement=EPS, batch_size=500)
     c.fit(cifar("train")[0])
     print(c.certificate_)
     seen = {}

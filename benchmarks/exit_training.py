@@ -12,9 +12,9 @@ ResNet-20 on the 50,000 CIFAR-10 training images (re-encoded as JPEG), K = 10, n
     shared, shared+distilled   a given SimCLR encoder (36 epochs) instead of one trained here
 
 After each, an `ExitClusterer` is fitted to the training images (a fifth held out for temperatures and thresholds), and
-on the 10,000 test images measured: accuracy of 200 neighbours, ACC, NMI and ARI of the whole encoder, least cost of a
-setting on the threshold path at 99, 98 and 95 % agreement, and at an ACC at most one point below the whole encoder's.
-Costs are multiply-adds relative to the whole encoder, exits' own work included. A trained encoder is kept in runs/,
+on the 10,000 test images measured: accuracy of 200 neighbours, ACC, NMI and ARI of the full encoder, least cost of a
+setting on the threshold path at 99, 98 and 95 % agreement, and at an ACC at most one point below the full encoder's.
+Costs are multiply-adds relative to the full encoder, exits' own work included. A trained encoder is kept in runs/,
 so that a run that was stopped goes on.
 """
 
@@ -24,18 +24,19 @@ import time
 
 import numpy as np
 import torch
-from common import PREPROCESSING, RESULTS, ROOT, SHARED, cifar, report, spread
+from common import PREPROCESSING, RESULTS, ROOT, SHARED, cifar, clusterer, report, spread
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ssl_exit import ExitClusterer
+from ssl_exit.data.images import TensorImages, open_images
 from ssl_exit.encoders.build import EncoderSpec
 from ssl_exit.encoders.tapped import TappedEncoder
 from ssl_exit.exits.thresholds import simulate, trade_off
+from ssl_exit.fitting.record import record
 from ssl_exit.measure.metrics import against_targets
 from ssl_exit.report.tables import text_table
 from ssl_exit.training import Optimization, build_training, train
-from ssl_exit.training.loader import PixelsInMemory
 from ssl_exit.training.monitor import knn_accuracy_predictions
 
 HOW = PREPROCESSING["simclr"]
@@ -92,7 +93,7 @@ def trained(arm: str, args: argparse.Namespace, seed: int) -> tuple[nn.Module, f
     began = time.perf_counter()
     train(
         training,
-        PixelsInMemory(pixels, targets),
+        TensorImages(pixels, HOW, targets, pixels=True),
         epochs=args.distill_epochs if last == "distilled" else args.epochs,
         batch_size=256,
         out=folder,
@@ -111,22 +112,15 @@ def measured(encoder: nn.Module, args: argparse.Namespace, seed: int) -> dict:
     """Everything that is printed of one encoder, on the test images."""
     pixels, _ = cifar("train")
     test, targets = cifar("test")
-    c = ExitClusterer(
-        encoder,
-        n_clusters=10,
-        rule=args.rule,
-        rule_options={"epochs": 6} if args.rule == "mlp" else None,
-        preprocessing=HOW,
-        batch_size=500,
-        device=args.device,
-        random_state=seed,
-    )
-    c.fit(pixels)
-    batches = c._batches(c._open(test), np.arange(len(test)), "record")
-    recorded, _ = c.cascade_.record(batches, len(test))
-    cost, agreement = trade_off(c.threshold_path_, recorded, c.cascade_.costs)
+    options = {"epochs": 6} if args.rule == "mlp" else None
+    c = clusterer(
+        encoder, HOW, rule=args.rule, rule_options=options, batch_size=500, device=args.device, seed=seed
+    ).fit(pixels)
+    model, images = c.model_, open_images(test, HOW)
+    recorded, _ = record(model.cascade, images.batches(np.arange(len(test)), 500))
+    cost, agreement = trade_off(model.path, recorded, model.cascade.costs)
     whole = against_targets(recorded.final, targets)
-    acc = np.array([against_targets(simulate(recorded, t)[0], targets)["acc"] for t in c.threshold_path_])
+    acc = np.array([against_targets(simulate(recorded, t)[0], targets)["acc"] for t in model.path])
     found = {f"cost at {asked:.0%}": float(np.where(agreement >= asked, cost, np.inf).min()) for asked in ASKED}
     kept = np.where(acc >= whole["acc"] - 0.01, cost, np.inf)
     found |= {"cost at ACC - .01": float(kept.min()), "agreement there": float(agreement[kept.argmin()])}

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import warnings
 
-from common import PREPROCESSING, cifar_folder, encoder, report, spread
+from common import PREPROCESSING, cifar_folder, clusterer, encoder, report, spread
 
 SIZES = (10_000, 50_000)
 REPEATS = 3
@@ -22,13 +22,12 @@ def peak_megabytes(n: int) -> float:
     import numpy as np
     from torch.utils.data import Subset
 
-    from ssl_exit import ExitClusterer
     from ssl_exit.data.images import FolderImages
 
     warnings.simplefilter("ignore")
     folder = FolderImages(cifar_folder() / "train", PREPROCESSING["simclr"])
     chosen = np.random.default_rng(0).permutation(len(folder))[:n].tolist()
-    ExitClusterer(encoder("simclr"), progress=False).fit(Subset(folder, chosen))
+    clusterer(encoder("simclr")).fit(Subset(folder, chosen))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 

@@ -21,14 +21,12 @@ import faiss
 import numpy as np
 import torch
 import torch.nn.functional as F
-from common import PREPROCESSING, cifar, encoder, report, spread
+from common import PREPROCESSING, cifar, clusterer, encoder, report, spread
 from sklearn.cluster import KMeans
 
-from ssl_exit import ExitClusterer
-from ssl_exit.cascade.memory import kept_memory
 from ssl_exit.encoders.tapped import TappedEncoder
 from ssl_exit.exits.kmeans import kmeans
-from ssl_exit.fitting import SAMPLE
+from ssl_exit.fitting.sample import clustered_images
 from ssl_exit.report.tables import text_table
 
 HOW = PREPROCESSING["simclr"]
@@ -55,17 +53,16 @@ def main() -> None:
     engine = TappedEncoder.build(net, "auto", HOW(pixels[:1])).for_inference("float32", (3, 32, 32))
     rows: dict[str, list[float]] = {}
     for repeat in range(args.repeats):
-        with kept_memory():
-            bare, found = seconds_of(lambda: features(net, pixels))
-            in_engine, _ = seconds_of(lambda: features(lambda x: engine.final_features(engine.enter(x)), pixels))
+        bare, found = seconds_of(lambda: features(net, pixels))
+        in_engine, _ = seconds_of(lambda: features(lambda x: engine.final_features(engine.enter(x)), pixels))
         rows.setdefault("bare pass, seconds", []).append(bare)
         rows.setdefault("bare pass in the engine / bare pass", []).append(in_engine / bare)
         for k in (10, 100):
-            c = ExitClusterer(encoder("simclr"), n_clusters=k, preprocessing=HOW, progress=False)
+            c = clusterer(encoder("simclr"), HOW, n_clusters=k)
             fit, _ = seconds_of(lambda c=c: c.fit(pixels))
             rows.setdefault(f"fit / bare pass, K = {k}", []).append(fit / bare)
             points = F.normalize(found, dim=1).numpy()
-            sample = points[: max(SAMPLE, 256 * k)]
+            sample = points[: clustered_images(k)]
             for run in range(5 * repeat, 5 * repeat + 5):
                 ours, centroids = seconds_of(lambda s=sample, k=k, r=run: kmeans(s, k, seed=r))
                 inertia = float(faiss.knn(points, centroids, 1)[0].sum())

@@ -4,7 +4,7 @@
 
 Frozen ResNet-20 on CIFAR-10 (re-encoded as JPEG), K = 10, all eight candidate exits, in three settings: "supervised
 weights" (final clusters of its features; no labels), "simclr" (the same), and "classes" (the supervised mode: means
-and heads learn class labels, and the whole encoder's answer is its classifier's). For each of five seeds the
+and heads learn class labels, and the full encoder's answer is its classifier's). For each of five seeds the
 training images are split anew: 40,000 to fit, 10,000 for temperatures and thresholds; k-means and heads start from
 the seed. Figures are on the 10,000 test images: mean and standard deviation over the seeds of
 
@@ -12,13 +12,13 @@ the seed. Figures are on the 10,000 test images: mean and standard deviation ove
     accuracy at that cost                ACC of the clusters, or plain accuracy for "classes"
     fit seconds                          without the pass that computes descriptors, which all rules share
 
-Costs are multiply-adds relative to the whole encoder, the exits' own work included. "unpooled" rows take distances on
+Costs are multiply-adds relative to the full encoder, the exits' own work included. "unpooled" rows take distances on
 the whole map, K C H W multiply-adds an exit. Trained heads get the seconds that the centroid rule took in the same run
 (x1), and ten times that (x10). Thresholds: per exit for E2CM, as in the paper; otherwise per exit and cluster, unless
 the row says "CBT" or "one an exit". A setting run alone (--settings) keeps the others' figures in the file.
 
 For what limits a rule, at 98 % agreement: the cost if exits worked for nothing; the cost of an oracle that leaves at
-the first exit whose label agrees; each exit's agreement; and, by fifths of the margin of the whole encoder's answer
+the first exit whose label agrees; each exit's agreement; and, by fifths of the margin of the full encoder's answer
 (largest soft assignment less the second), how many images leave early, how many disagree, and how often the whole
 encoder's own label changes when an image is mirrored (held-out images).
 """
@@ -38,7 +38,7 @@ from common import PREPROCESSING, RESULTS, SHARED, cifar, encoder, report
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ssl_exit.cascade import exit_costs
+from ssl_exit.cascade.cascade import exit_costs
 from ssl_exit.encoders.tapped import TappedEncoder
 from ssl_exit.exits.across import AcrossExits
 from ssl_exit.exits.cbt import cbt_path
@@ -48,7 +48,7 @@ from ssl_exit.exits.registry import build_rules
 from ssl_exit.exits.rules import ExitRule
 from ssl_exit.exits.statistics import ClusterStatistics
 from ssl_exit.exits.thresholds import Recorded, simulate, threshold_path
-from ssl_exit.fitting import Collected
+from ssl_exit.fitting.count import Collected, Statistics
 from ssl_exit.measure.metrics import clustering_accuracy
 from ssl_exit.report.tables import text_table
 
@@ -194,7 +194,7 @@ class Split:
     fit: Tensor
     held: Tensor
     final: Final
-    whole: dict[str, Tensor]  # the whole encoder's labels
+    whole: dict[str, Tensor]  # the full encoder's labels
     learnt: dict[str, Tensor]  # what exits learn: the same, or classes
 
 
@@ -225,7 +225,7 @@ def collected(images: Images, parts: Split, kind: str, mirror: bool) -> Collecte
     for rows in torch.arange(len(labels)).split(4096):
         for c, into in zip(columns, statistics, strict=True):
             into.add(described[rows][:, c], labels[rows])
-    return Collected(parts.final, statistics, described, labels, soft, {}, 10_000)
+    return Collected(parts.final, Statistics(statistics), described, labels, soft, 10_000)
 
 
 def answers(images: Images, kind: str, rules: list[ExitRule], part: str, rows: Tensor) -> list[Tensor]:
@@ -237,13 +237,8 @@ def answers(images: Images, kind: str, rules: list[ExitRule], part: str, rows: T
 
 
 def record(rules: list[ExitRule], logits: list[Tensor], across: AcrossExits, final: Tensor) -> Recorded:
-    labels, scores = [], []
-    carried = across.begin(len(final), K, torch.device("cpu"))
-    for i, (rule, z) in enumerate(zip(rules, logits, strict=True)):
-        label, score, carried = across.decide(rule, z, carried, i)
-        labels.append(label)
-        scores.append(score)
-    return Recorded(torch.stack(labels, 1).numpy(), torch.stack(scores, 1).numpy(), final.numpy())
+    labels, scores = across.decide_all(tuple(rules), logits)
+    return Recorded(labels.numpy(), scores.numpy(), final.numpy())
 
 
 def measure(
@@ -266,7 +261,7 @@ def measure(
         p = [rule.log_probabilities(z).exp() for rule, z in zip(rules, on_held, strict=True)]
         path = cbt_path(seen, costs, np.stack([[q[final == k].mean(0).numpy() for k in range(K)] for q in p]))
     else:
-        path = threshold_path(seen, costs, K, per_cluster=thresholds == "search", steps=24, between=10)
+        path = threshold_path(seen, costs, K, per_cluster=thresholds == "search", steps=24, between=10, surest=0)
     test = record(rules, on_test, across, parts.whole["test"])
     targets = images.targets["test"]
     score: Callable = (
@@ -307,14 +302,14 @@ def measure(
 
 
 def fifths(final: Final, features: Tensor) -> np.ndarray:
-    """In which fifth of the images, by the margin of the whole encoder's answer, each one is: (N,) from 0 to 4."""
+    """In which fifth of the images, by the margin of the full encoder's answer, each one is: (N,) from 0 to 4."""
     best = final.soft(features).topk(2, dim=1).values
     margin = (best[:, 0] - best[:, 1]).numpy()
     return np.searchsorted(np.quantile(margin, [0.2, 0.4, 0.6, 0.8]), margin)
 
 
 def unsteadiness(images: Images, parts: Split) -> list[float]:
-    """How often the whole encoder's label of a held-out image changes when it is mirrored, by fifths of the margin."""
+    """How often the full encoder's label of a held-out image changes when it is mirrored, by fifths of the margin."""
     changed = (parts.whole["train"] != parts.whole["mirrored"])[parts.held].numpy()
     fifth = fifths(parts.final, images.features["train"][parts.held])
     return [float(changed[fifth == q].mean()) for q in range(5)]
@@ -350,7 +345,6 @@ def one_seed(images: Images, parts: Split, setting: str, unpooled: dict[str, Ten
                     source.descriptors[few],
                     source.labels[few],
                     source.soft[few],
-                    {},
                     0,
                 )
             began = time.perf_counter()
@@ -490,9 +484,7 @@ def limits(figures: dict) -> str:
         if row["rule"] in SHOWN
     ]
     changes = " ".join(f"{v:.1%}" for v in figures["label_changes_when_mirrored_by_fifth"])
-    return (
-        f"{text_table(head, rows)}\nthe whole encoder's label changes when an image is mirrored, by fifths: {changes}"
-    )
+    return f"{text_table(head, rows)}\nthe full encoder's label changes when an image is mirrored, by fifths: {changes}"
 
 
 SHOWN = (
@@ -519,7 +511,7 @@ def draw(figures: dict[str, list[dict]]) -> None:
                 std = np.array([row[what][i]["std"] for i in good])
                 (line,) = ax.plot(GRID[good], mean, lw=1.5, label=row["rule"])
                 ax.fill_between(GRID[good], mean - std, mean + std, color=line.get_color(), alpha=0.2, lw=0)
-            ax.set(xlabel="cost (multiply-adds / whole encoder)", ylabel=what, title=setting)
+            ax.set(xlabel="cost (multiply-adds / full encoder)", ylabel=what, title=setting)
             ax.grid(alpha=0.3)
             if what == "agreement":
                 ax.set_ylim(0.8, 1.002)

@@ -26,7 +26,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import PREPROCESSING, ROOT, cifar, encoder, report
+from common import PREPROCESSING, ROOT, cifar, clusterer, encoder, report
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -83,7 +83,7 @@ class Names(Sequence):
 def opened(n: int) -> tuple[ExitClusterer, DataLoader]:
     warnings.simplefilter("ignore")
     c = load(FOLDER / "model", device="cpu")
-    c.progress = False
+    c.set_params(runtime__progress=False)
     data = Made(n)
     return c, DataLoader(data, batch_size=c.batch_size, collate_fn=data.collate)
 
@@ -93,7 +93,7 @@ def cluster(n: int, file: Path) -> None:
     c, loader = opened(n)
     parts = []
     with LabelFile(file, Names(n), c.exit_names_, "scale") as labels:
-        begun = labels.begun
+        begun = labels.n_rows
         start = time.perf_counter()
         for result in c.stream(loader, begun):
             labels.add(result)
@@ -134,8 +134,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", type=int, default=[10_000, 100_000, 1_000_000])
     args = parser.parse_args()
-    fast = {"precision": "bfloat16", "cost": "time"}
-    c = ExitClusterer(encoder("simclr"), preprocessing=HOW, max_disagreement=0.05, **fast)
+    c = clusterer(encoder("simclr"), HOW, max_disagreement=0.05, precision="bfloat16", cost="time")
     c.fit(cifar("train")[0])
     c.save(FOLDER / "model")
     for left in FOLDER.glob(".labels-*.part"):  # of another model

@@ -1,4 +1,4 @@
-"""Does early exit save the time that its stages promise? The engine beside the whole encoder and what else users run.
+"""Does early exit save the time that its stages promise? The engine beside the full encoder and what else users run.
 
     uv run --group bench python benchmarks/speed.py
 
@@ -9,11 +9,11 @@ equal distances in measured time. Their thresholds are set so that 40, 25, 20 an
 leave, on other images: that says nothing of agreement, for the question is the engine's speed. Encoders but ResNet-20
 have random weights; images are CIFAR-10's, enlarged where needed.
 
-    predicted    speed-up by the measured time of every segment, its exit included, in turns with the whole encoder, and
+    predicted    speed-up by the measured time of every segment, its exit included, in turns with the full encoder, and
                  by the shares that reach it
-    realised     seconds of the whole encoder in the engine / seconds of early exit
-    overhead     the exits' own work / the whole encoder's time
-    idle         seconds of early exit where nothing leaves / seconds of the whole encoder in the engine
+    realised     seconds of the full encoder in the engine / seconds of early exit
+    overhead     the exits' own work / the full encoder's time
+    idle         seconds of early exit where nothing leaves / seconds of the full encoder in the engine
 
 All are medians over the repeats; latencies are those of `predict` and `predict_full` for one image. Rows of encoders
 that are not asked for stay in the results as they are.
@@ -25,20 +25,24 @@ import io
 import json
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import faiss
 import numpy as np
 import torch
 import torch.nn.functional as F
-from common import PREPROCESSING, RESULTS, cifar, encoder, machine, report, spread
+from common import PREPROCESSING, RESULTS, cifar, clusterer, encoder, machine, report, spread
 from torch import Tensor, nn
 
 from ssl_exit import EncoderSpec, ExitClusterer
 from ssl_exit.cascade.cascade import Cascade
-from ssl_exit.cascade.memory import kept_memory
-from ssl_exit.cascade.times import now, segment_seconds
+from ssl_exit.cascade.plan import Plan
+from ssl_exit.cascade.run import run as engine_run
+from ssl_exit.cascade.times import now
 from ssl_exit.data.images import open_images
 from ssl_exit.encoders.compiling import call_compiled, compile_for_inference
+from ssl_exit.fitting.record import record
+from ssl_exit.measure.seconds import segment_seconds
 from ssl_exit.report.tables import text_table
 
 Way = Callable[[Tensor], np.ndarray]  # images to labels
@@ -63,21 +67,22 @@ def images_of(size: int, n: int, seed: int) -> Tensor:
 
 def fitted(name: str, net: nn.Module, images: Tensor, batch: int, precision: str, args: argparse.Namespace):
     """A clusterer with four exits at which given shares leave."""
-    settings = {"batch_size": batch, "precision": precision, "device": args.device, "progress": False}
+    settings = {"batch_size": batch, "precision": precision, "device": args.device}
     settings |= {"max_disagreement": 0.5, "confidence": 0.5}
-    every = ExitClusterer(net, **settings, holdout=0).fit(images)
+    every = clusterer(net, **settings, holdout=0).fit(images)
     seconds = np.cumsum(every.times_.stage_seconds)
     seconds /= seconds[-1]
     chosen = sorted({int(np.abs(seconds[:-1] - at).argmin()) for at in (0.2, 0.4, 0.6, 0.8)})
-    c = ExitClusterer(net, exits=[every.exit_names_[i] for i in chosen], compile=args.compile, **settings)
+    c = clusterer(net, exits=[every.exit_names_[i] for i in chosen], compile=args.compile, **settings)
     c.fit(images[len(images) // 2 :])
     others = images[: len(images) // 2]
-    recorded, _ = c.cascade_.record(open_images(others).batches(np.arange(len(others)), batch), len(others))
-    here = np.ones(len(others), dtype=bool)
+    recorded, _ = record(c.model_.cascade, open_images(others).batches(np.arange(len(others)), batch))
+    thresholds, here = c.model_.cascade.thresholds.copy(), np.ones(len(others), dtype=bool)
     for e, share in enumerate(LEAVING[: len(chosen)]):
         threshold = float(np.quantile(recorded.scores[here, e], 1 - share))
-        c.cascade_.thresholds[e] = threshold
+        thresholds[e] = threshold
         here &= recorded.scores[:, e] < threshold
+    c.model_ = replace(c.model_, cascade=c.model_.cascade.at(thresholds))
     return c
 
 
@@ -85,7 +90,7 @@ def others(
     net: nn.Module, c: ExitClusterer, batch: Tensor, precision: str
 ) -> dict[str, Callable[[Tensor], np.ndarray]]:
     """What a user would run instead."""
-    device = c.cascade_.thresholds.device
+    device = c.model_.cascade.device
     index = faiss.IndexFlatL2(c.cluster_centers_.shape[1])
     index.add(c.cluster_centers_)
     own = copy.deepcopy(net).to(device).eval()
@@ -124,7 +129,7 @@ class OwnWork(nn.Module):
 
     def __init__(self, cascade: Cascade, exit_: int) -> None:
         super().__init__()
-        self.descriptor, self.rule = cascade.tapped.descriptors[exit_], cascade.exit_rules[exit_]
+        self.descriptor, self.rule = cascade.tapped.descriptors[exit_], cascade.rules[exit_]
         self.accumulate = cascade.tapped.accumulate
 
     def forward(self, x: Tensor, described: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -134,18 +139,18 @@ class OwnWork(nn.Module):
 
 
 @torch.inference_mode()
-def exits_seconds(cascade: Cascade, work: list[OwnWork], images: Tensor, repeats: int = 5) -> np.ndarray:
+def exits_seconds(plan: Plan, work: list[OwnWork], images: Tensor, repeats: int = 5) -> np.ndarray:
     """Seconds of every exit's own work on a full batch, just behind its stage, (E,): medians."""
-    device = images.device
+    device, cascade = images.device, plan.cascade
     taken = np.zeros((repeats + 1, len(work)))
     for r in range(repeats + 1):
         x, described = cascade.tapped.enter(images), torch.empty(len(images), 0, device=device)
         for i, one in enumerate(work):
             x = cascade.tapped.staged.stages[i](x)
             start = now(device)
-            described = (call_compiled(one, x, described) if cascade.compiles else one(x, described))[0]
+            described = (call_compiled(one, x, described) if plan.compiled else one(x, described))[0]
             taken[r, i] = now(device) - start
-            if cascade.compiles:  # CUDA graphs write their next results over these
+            if plan.compiled:  # CUDA graphs write their next results over these
                 described = described.clone()
                 torch.compiler.cudagraph_mark_step_begin()
     return np.median(taken[1:], axis=0)
@@ -159,41 +164,41 @@ def measured(name: str, precision: str, args: argparse.Namespace) -> dict:
     c = fitted(name, net, images_of(size, max(8 * batch, 256), 1), batch, precision, args)
     images = images_of(size, n, 0)
     batches = list(open_images(images).batches(np.arange(n), batch))
-    device = c.cascade_.thresholds.device
-    never = c.cascade_.with_own_rules()
+    device = c.model_.cascade.device
+    model, cascade = c.model_, c.model_.cascade
+    never = Plan(cascade.at(np.full_like(cascade.thresholds, np.inf)), compile=args.compile)
     ways: dict[str, Callable[[], object]] = {
-        "early exit": lambda: c.cascade_.run(batches, n, batch),
-        "whole encoder": lambda: c.cascade_.full(batches, n, batch),
-        "nothing leaves": lambda: never.run(batches, n, batch),
+        "early exit": lambda: model.run(batches, n, batch),
+        "full encoder": lambda: model.run_full(batches, n, batch),
+        "nothing leaves": lambda: engine_run(never, batches, n, batch),
     }
     for way, run in others(net, c, images[:batch], precision).items():
         ways[way] = lambda run=run: [run(b.images) for b in batches]
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     rows: dict[str, list[float]] = {key: [] for key in ("predicted", "realised", "overhead", "idle")}
-    work = [OwnWork(c.cascade_, i) for i in range(len(c.cascade_.rules))]
+    work = [OwnWork(cascade, i) for i in range(len(cascade.rules))]
     for one in work if args.compile else []:
         compile_for_inference(one, device)
-    result = c.cascade_.run(batches, n, batch)
-    stops = len(c.cascade_.rules) + 1
+    result = model.run(batches, n, batch)
+    stops = len(cascade.rules) + 1
     reached = np.array([(result.exits >= e).mean() for e in range(stops)])
     order = np.random.default_rng(0)
-    with kept_memory():
-        for repeat in range(args.repeats + 1):
-            found = {}
-            for way in order.permutation(list(ways)):
-                start = now(device)
-                ways[way]()
-                found[way] = now(device) - start
-            segments, whole = segment_seconds(c.cascade_, batches[0].images.to(device), batch, 3)
-            own = exits_seconds(c.cascade_, work, batches[0].images.to(device))
-            if repeat == 0:
-                continue
-            for way, taken in found.items():
-                seconds[way].append(taken)
-            rows["predicted"].append(whole / float(segments @ reached))
-            rows["realised"].append(found["whole encoder"] / found["early exit"])
-            rows["overhead"].append(float(own @ reached[:-1]) / whole)
-            rows["idle"].append(found["nothing leaves"] / found["whole encoder"])
+    for repeat in range(args.repeats + 1):
+        found = {}
+        for way in order.permutation(list(ways)):
+            start = now(device)
+            ways[way]()
+            found[way] = now(device) - start
+        segments, whole = segment_seconds(model.plan, model.full_plan, batches[0].images.to(device), batch, 3)
+        own = exits_seconds(model.plan, work, batches[0].images.to(device))
+        if repeat == 0:
+            continue
+        for way, taken in found.items():
+            seconds[way].append(taken)
+        rows["predicted"].append(whole / float(segments @ reached))
+        rows["realised"].append(found["full encoder"] / found["early exit"])
+        rows["overhead"].append(float(own @ reached[:-1]) / whole)
+        rows["idle"].append(found["nothing leaves"] / found["full encoder"])
     one = latencies(c, images[:singles], result.exits[:singles])
     figures = {
         "machine": machine(),
@@ -217,7 +222,7 @@ def measured(name: str, precision: str, args: argparse.Namespace) -> dict:
 
 def latencies(c: ExitClusterer, images: Tensor, exits: np.ndarray) -> dict:
     """Seconds a call for one image, in turns; `realised` by the median call of every image."""
-    ways = {"early exit": c.predict, "whole encoder": c.predict_full}
+    ways = {"early exit": c.predict, "full encoder": c.predict_full}
     taken = {way: np.zeros((len(images), CALLS)) for way in ways}
     predicted = []
     for i in range(-1, len(images)):  # the first warms up
@@ -227,12 +232,12 @@ def latencies(c: ExitClusterer, images: Tensor, exits: np.ndarray) -> dict:
                 ways[way](images[max(i, 0)][None])
                 taken[way][i, call] = time.perf_counter() - start
         if i >= 0 and i % 5 == 0:
-            image = images[i : i + 1].to(c.cascade_.thresholds.device)
-            segments, whole = segment_seconds(c.cascade_, image, c.batch_size, 15)
-            reached = [(exits >= segment.stages.start).mean() for segment in c.cascade_.plan().segments]
+            image = images[i : i + 1].to(c.model_.cascade.device)
+            segments, whole = segment_seconds(c.model_.plan, c.model_.full_plan, image, c.batch_size, 15)
+            reached = [(exits >= segment.stages.start).mean() for segment in c.model_.plan.segments]
             predicted.append(whole / float(segments @ reached))
     each = {way: np.median(seconds, axis=1).mean() for way, seconds in taken.items()}
-    realised = each["whole encoder"] / each["early exit"]
+    realised = each["full encoder"] / each["early exit"]
     found = {
         way: {"p50 ms": 1e3 * float(np.quantile(s, 0.5)), "p99 ms": 1e3 * float(np.quantile(s, 0.99)), "n": s.size}
         for way, s in taken.items()
@@ -242,7 +247,7 @@ def latencies(c: ExitClusterer, images: Tensor, exits: np.ndarray) -> dict:
 
 
 def draw(rows: list[dict], name: str) -> None:
-    """Where the time of early exit goes, the whole encoder's being 1: stages, exits, all else."""
+    """Where the time of early exit goes, the full encoder's being 1: stages, exits, all else."""
     from matplotlib import pyplot as plt
 
     early = np.array([1 / row["realised"]["median"] for row in rows])
@@ -257,7 +262,7 @@ def draw(rows: list[dict], name: str) -> None:
                   label=part, color=colour)  # fmt: skip
         left += width
     axes.axvline(1, color="black", linewidth=1)
-    axes.set(xlabel="seconds / the whole encoder's in the engine", xlim=(0, 1.05))
+    axes.set(xlabel="seconds / the full encoder's in the engine", xlim=(0, 1.05))
     axes.invert_yaxis()
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, frameon=False)
     figure.savefig(RESULTS / f"{name}.png", dpi=120)
@@ -288,7 +293,7 @@ def main() -> None:
     for row in found:
         values = [row[key]["median"] if isinstance(row[key], dict) else row[key] for key in keys]
         one = row["single"]
-        early, whole = (one[way] for way in ("early exit", "whole encoder"))
+        early, whole = (one[way] for way in ("early exit", "full encoder"))
         values += [one["predicted"]["median"], one["realised"]]
         values += [early["p50 ms"], early["p99 ms"], whole["p50 ms"], whole["p99 ms"]]
         table.append((f"{row['encoder']} {row['precision']}", *(f"{value:.3f}" for value in values)))

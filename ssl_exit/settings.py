@@ -99,8 +99,8 @@ class Exits(Group):
 
     Attributes:
         points: names of exit points ("layer2" means its last node), or "auto": of at most eight, spread evenly over
-            the cost, those that pay for themselves on held-out images. All stay where nothing is held out, and with
-            patience or ensembling, where exits depend on each other.
+            the cost, those that pay for themselves on held-out images. Where fit() holds nothing out, calibrate()
+            closes the others. All stay with patience or ensembling, where exits depend on each other.
         descriptor: auto, average, pyramid, tokens or flatten: how the tensor at an exit point becomes a vector.
         accumulate: let an exit see the descriptors of earlier exits too.
         normalize: divide descriptors by their L2 norm.

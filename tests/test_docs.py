@@ -1,6 +1,7 @@
 """The examples in docs/ run as written."""
 
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -45,3 +46,14 @@ def test_the_examples_of_a_page_run(page, tmp_path, monkeypatch, capsys):
         RULES.clear()
         RULES.update(known)
     assert float(capsys.readouterr().out) > 0.7
+
+
+def test_the_page_of_parameters_is_that_of_the_settings():
+    page = runpy.run_path(str(DOCS / "make_parameters.py"))["page"]()
+    assert (DOCS / "parameters.md").read_text() == page, "run docs/make_parameters.py"
+
+
+def test_links_lead_somewhere():
+    for page in [DOCS.parent / "README.md", DOCS.parent / "CONTRIBUTING.md", *DOCS.glob("*.md")]:
+        for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
+            assert "://" in target or (page.parent / target).exists(), (page.name, target)

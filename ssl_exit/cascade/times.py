@@ -78,7 +78,7 @@ def stage_times(
 ) -> StageTimes:
     """Time every stage and every exit's own work.
 
-    The whole chain is run several times at every size and medians are taken stage by stage.
+    The chain of stages is run several times at every size and medians are taken stage by stage.
 
     Args:
         tapped, rules, final: of a cascade.

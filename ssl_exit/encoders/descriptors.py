@@ -16,7 +16,7 @@ from torch import Tensor
 from ssl_exit.errors import InputError
 
 SMALLEST = 1e-10  # variance of which a root is taken: the slope at 0 is infinite
-SIDE = 32  # positions a side that a pyramid is made of at most
+SIDE = 32  # positions a side from which a pyramid is computed, at most
 
 Layout = Literal["map", "map_channels_last", "tokens", "vector"]
 

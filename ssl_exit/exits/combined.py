@@ -68,8 +68,8 @@ class CombinedRule(ExitRule):
             return float(nn.functional.cross_entropy(mixed, labels))
 
         start = np.full(len(self.parts), 1 / len(self.parts))
-        found = minimize(loss, start, method="L-BFGS-B", bounds=[(0, 10)] * len(self.parts))
-        self.weights.copy_(torch.from_numpy(found.x))
+        optimum = minimize(loss, start, method="L-BFGS-B", bounds=[(0, 10)] * len(self.parts))
+        self.weights.copy_(torch.from_numpy(optimum.x))
 
     def _split(self, logits: Tensor) -> tuple[Tensor, ...]:
         return logits.split([part.width for part in self.rules], dim=1)

@@ -57,7 +57,7 @@ class EENetRule(Head):
     def loss(self, outputs: Sequence[Tensor], labels: Tensor, soft: Tensor, costs: Tensor, progress: float) -> Tensor:
         if progress < FIRST_STAGE:
             return super().loss([z[:, : self.n_clusters] for z in outputs], labels, soft, costs, progress)
-        answered = soft.argmax(1) == labels  # always, unless classes were given
+        answered = soft.argmax(1) == labels  # always, unless classes are learnt
         predicted = torch.where(answered, 1.0, soft.gather(1, labels[:, None])[:, 0])
         answers = [z[:, : self.n_clusters].softmax(1).gather(1, labels[:, None])[:, 0] for z in outputs]
         confidences = [z[:, self.n_clusters].sigmoid() for z in outputs]

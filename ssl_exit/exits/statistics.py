@@ -1,4 +1,4 @@
-"""Mergeable statistics of descriptors: everything a centroid exit is made of is a sum over images."""
+"""Mergeable statistics of descriptors: everything a centroid rule needs is a sum over images."""
 
 from dataclasses import dataclass
 

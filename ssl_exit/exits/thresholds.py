@@ -185,7 +185,7 @@ def _best_thresholds(
     for _ in range(sweeps):
         leaves = scores >= thresholds[np.arange(e), labels]
         reached = np.column_stack([np.ones(n, dtype=bool), ~np.logical_or.accumulate(leaves, axis=1)[:, :-1]])
-        onward_cost, onward_loss = np.full(n, costs[-1]), np.zeros(n)  # of going on from the exit at hand
+        onward_cost, onward_loss = np.full(n, costs[-1]), np.zeros(n)  # of going on from this exit
         for exit_ in reversed(range(e)):
             gain = onward_cost - costs[exit_] - price * (loss[:, exit_] - onward_loss)
             here = reached[:, exit_]

@@ -38,7 +38,7 @@ def reader(source: ImageSource, settings: Settings, shape: tuple[int, ...]) -> R
 
 
 @dataclass(frozen=True)
-class Path:
+class ThresholdPath:
     """Settings to be tried on images that did not shape them.
 
     Attributes:
@@ -54,7 +54,7 @@ class Path:
     costs: np.ndarray
 
 
-def shape_path(cascade: Cascade, logits: Logits, settings: Settings, *, place: bool = False) -> Path:
+def shape_path(cascade: Cascade, logits: Logits, settings: Settings, *, place: bool = False) -> ThresholdPath:
     """Set temperatures, and search a path of threshold settings, from the logits of held-out images.
 
     With thresholds "search" every exit and cluster has one of its own where at least `PER_CELL` images for each shape
@@ -82,7 +82,7 @@ def shape_path(cascade: Cascade, logits: Logits, settings: Settings, *, place: b
         path = threshold_path(seen, own, k, per_cluster=per_cluster)
     every = np.full((len(path), e, k), np.inf, dtype=np.float32)
     every[:, open_] = path
-    return Path(fresh, every, recorded, costs)
+    return ThresholdPath(fresh, every, recorded, costs)
 
 
 def work(cascade: Cascade, cost: str) -> tuple[np.ndarray, np.ndarray]:
@@ -112,7 +112,7 @@ def leaving_costs(cascade: Cascade, cost: str, open_: Sequence[int]) -> np.ndarr
     return np.cumsum(stage + own * used)
 
 
-def certify_path(path: Path, counts: SettingCounts, settings: Settings) -> tuple[Cascade, Certificate]:
+def certify_path(path: ThresholdPath, counts: SettingCounts, settings: Settings) -> tuple[Cascade, Certificate]:
     """The cascade at the cheapest setting that the counts certify, and its certificate.
 
     Args:

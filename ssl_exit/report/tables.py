@@ -37,7 +37,7 @@ def summary(evaluation: Evaluation) -> str:
         + (f" ({evaluation.result.n_skipped} could not be used)" if evaluation.result.skipped else ""),
         f"agreement                 {evaluation.agreement:.4f}  (labels equal to the full encoder's)",
         f"cost, multiply-adds       {evaluation.cost_macs:.3f}   (full encoder = 1, exits' own included)",
-        f"cost, measured time       {evaluation.cost_time:.3f}   ({evaluation.images_per_second:,.0f} images/s; whole "
+        f"cost, measured time       {evaluation.cost_time:.3f}   ({evaluation.images_per_second:,.0f} images/s; full "
         f"encoder {evaluation.images_per_second_full:,.0f}; by its parts' times {evaluation.cost_time_predicted:.3f})",
     ]
     for key in ("acc", "nmi", "ari"):
