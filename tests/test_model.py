@@ -105,6 +105,7 @@ PROGRAM = """
 import sys, torch
 before = (torch.get_num_threads(), torch.backends.mha.get_fastpath_enabled(), torch.get_float32_matmul_precision())
 import numpy, random, warnings
+import sklearn.linear_model  # draws from Python's generator when it is imported
 from ssl_exit import ExitClusterer, Runtime, load
 filters, numpy_state, state = list(warnings.filters), numpy.random.get_state()[1].copy(), torch.get_rng_state()
 python = random.getstate()

@@ -57,7 +57,8 @@ def _fold_in_graph(stage: fx.GraphModule) -> None:
         once = uses[id(modules[str(before.target)])] == uses[id(norm)] == 1
         if once and _foldable(convolution, norm):
             fused = fuse_conv_bn_eval(convolution, norm)  # type: ignore[type-var]
-            stage.set_submodule(str(before.target), fused)
+            parent, _, leaf = str(before.target).rpartition(".")
+            setattr(stage.get_submodule(parent), leaf, fused)
             node.replace_all_uses_with(before)
             stage.graph.erase_node(node)
     stage.recompile()

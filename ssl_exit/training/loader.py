@@ -50,8 +50,8 @@ def open_training_images(
     return source
 
 
-def decoded(source: ImageSource) -> TensorImages:
-    """The readable images of a source, in memory, with a warning of the others."""
+def decoded(source: DatasetImages) -> TensorImages:
+    """The readable images of a folder, in memory, with a warning of the others."""
     pixels: Tensor | None = None
     kept: list[int] = []
     unreadable: dict[int, str] = {}
@@ -70,7 +70,10 @@ def decoded(source: ImageSource) -> TensorImages:
         warnings.warn(f"{len(unreadable)} of {len(source)} images cannot be read, such as {example}", stacklevel=4)
     assert pixels is not None
     return TensorImages(
-        pixels[: len(kept)], None, None if source.targets is None else source.targets[kept], pixels=True
+        pixels[: len(kept)],
+        source.convert.preprocessing,
+        None if source.targets is None else source.targets[kept],
+        pixels=True,
     )
 
 

@@ -81,8 +81,8 @@ class ExitTraining(pl.LightningModule):
         """Final features of images, without gradients and in eval mode: (B, C, H, W) -> (B, F) float32."""
         was = self.tapped.training
         self.tapped.eval()
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # of any shape
-            features = self.tapped.final_features(self.prepared(pixels))
+        with torch.no_grad():  # the class's own method: an instance may be compiled for batches of one shape
+            features = TappedEncoder.final_features(self.tapped, self.prepared(pixels))
         self.tapped.train(was)
         return features.float()
 

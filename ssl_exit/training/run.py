@@ -243,7 +243,7 @@ def epoch_of(checkpoint: Path) -> int:
 def best_precision(kind: str) -> str:
     """bfloat16 autocast where the hardware multiplies it natively, else float32."""
     if kind == "cuda":
-        return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
+        return "bf16-mixed" if torch.cuda.get_device_capability()[0] >= 8 else "32-true"
     flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     return "bf16-mixed" if "amx_bf16" in flags or "avx512_bf16" in flags else "32-true"
 

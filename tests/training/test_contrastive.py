@@ -184,7 +184,7 @@ def test_views_and_optimisers_that_do_not_exist():
         build_training("simclr", tapped, SMALL, views="none")
     with pytest.raises(InputError, match="optimizer must be one of"):
         Optimization("adam")
-    with pytest.raises(InputError, match="learning_rate > 0"):
+    with pytest.raises(InputError, match="learning_rate must be a number"):
         Optimization(learning_rate=0.0)
 
 
