@@ -4,7 +4,6 @@ import json
 import platform
 import statistics
 import tarfile
-from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -73,8 +72,7 @@ def encoder(name: str) -> EncoderSpec:
 def clusterer(network: Any, preprocessing: Preprocessing | None = None, **flat: Any) -> ExitClusterer:
     """An ExitClusterer from parameters named as on the command line, without progress bars."""
     settings = Settings.from_flat({"progress": False} | flat)
-    parameters = {f.name: getattr(settings, f.name) for f in fields(Settings)}
-    return ExitClusterer(network, **parameters, preprocessing=preprocessing)
+    return ExitClusterer(network, **settings.parameters(), preprocessing=preprocessing)
 
 
 def spread(values: list[float]) -> dict[str, float]:

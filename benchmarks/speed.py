@@ -36,6 +36,7 @@ from torch import Tensor, nn
 
 from ssl_exit import EncoderSpec, ExitClusterer
 from ssl_exit.cascade.cascade import Cascade
+from ssl_exit.cascade.memory import kept_memory
 from ssl_exit.cascade.plan import Plan
 from ssl_exit.cascade.run import run as engine_run
 from ssl_exit.cascade.times import now
@@ -282,7 +283,8 @@ def main() -> None:
     found = json.loads(file.read_text())["figures"]["rows"] if file.is_file() else []
     for name in args.encoders:
         for precision in args.precisions:
-            figures = measured(name, precision, args)
+            with kept_memory():  # as the commands of ssl-exit run
+                figures = measured(name, precision, args)
             found = [row for row in found if (row["encoder"], row["precision"]) != (name, precision)] + [figures]
             print(f"\n{name}, {precision}: left {figures['left']} of {figures['n']}; images a second, and labels by")
             print("  " + ", ".join(f"{way} {s['median']:,.0f}" for way, s in figures["images per second"].items()))

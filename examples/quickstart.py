@@ -42,7 +42,7 @@ labels = clusterer.predict(test)
 result = clusterer.run(test)
 assert (labels == result.labels).all()
 
-# Evaluate: early exit beside the whole encoder. Ground truth is for reports only.
+# Evaluate: early exit beside the full encoder. Ground truth is for reports only.
 evaluation = clusterer.evaluate(test, digits.target[1300:])
 print(exit_table(evaluation), "\n")
 print(summary(evaluation))

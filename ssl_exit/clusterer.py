@@ -79,11 +79,12 @@ class ExitClusterer(ClusterMixin, BaseEstimator):
         `ssl_exit.load` reads a saved model. docs/parameters.md lists every field of every group.
 
     Notes:
-        fit() passes once over the images (twice with `Rule.mirror`), after timing stages on one batch. It holds in
+        fit() passes once over the images (twice with `Rule.mirror`), and times stages on one batch. It holds in
         memory, beside one batch and the data themselves: the descriptors and final features of a random sample
         (10,000 images, or 256 a cluster if that is more; 50,000 for trained heads, with their soft assignments; up to
         512 MB of descriptors), on whose first part k-means runs; one D x D scatter of the accumulated descriptor;
-        logits of the held-out images that shape thresholds (up to 256 MB), and labels and scores of the others.
+        logits of the held-out images that shape thresholds (up to 256 MB), labels and scores of the others, and
+        thresholds and counts of 1,177 settings for every exit and cluster.
 
     Examples:
         >>> import torch
@@ -126,15 +127,18 @@ class ExitClusterer(ClusterMixin, BaseEstimator):
         Raises:
             InputError: an unknown name, or a field of a group that cannot have this value.
         """
-        known = self.get_params()
+        known = {f.name for f in fields(self)}
+        known |= {f"{name}__{f.name}" for name, group in GROUPS.items() for f in fields(group)}  # type: ignore[arg-type]
         for name in params:
             if name not in known:
                 raise InputError(f"ExitClusterer has no parameter {name!r}; it has {sorted(known)}")
-        for name, value in sorted(params.items(), key=lambda item: "__" in item[0]):
-            group, _, nested = name.partition("__")
-            if nested:
-                value = replace(GROUPS[group].of(getattr(self, group)), **{nested: value})  # type: ignore[type-var]
-            setattr(self, group, value)
+        new = {name: value for name, value in params.items() if "__" not in name}
+        for name, group in GROUPS.items():
+            changes = {key.partition("__")[2]: value for key, value in params.items() if key.startswith(name + "__")}
+            if changes:
+                new[name] = replace(group.of(new.get(name, getattr(self, name))), **changes)  # type: ignore[type-var]
+        for name, value in new.items():
+            setattr(self, name, value)
         return self
 
     def settings(self) -> Settings:
@@ -170,9 +174,11 @@ class ExitClusterer(ClusterMixin, BaseEstimator):
         learnt = y is not None and settings.clusters.supervised
         classes = _checked_classes(y, len(source), settings.n_clusters) if learnt else None
         spec = self.encoder if isinstance(self.encoder, EncoderSpec) else None
-        network = spec.build() if spec else as_module(self.encoder)  # type: ignore[arg-type]
+        with torch.random.fork_rng(devices=[]):
+            network = spec.build() if spec else as_module(self.encoder)  # type: ignore[arg-type]
         model = fit(network, source, settings, self.preprocessing, classes, spec.name if spec else None)
         self._hold(model)
+        self.__dict__.pop("labels_", None)  # of other images
         n_held = round(settings.calibration.holdout * len(source))
         warn_of_nothing(model.certificate, n_held, stacklevel=2)
         warn_of_skipped(self.skipped_, source, "`skipped_`")
@@ -280,32 +286,37 @@ class ExitClusterer(ClusterMixin, BaseEstimator):
         Raises:
             InputError: data that cannot be opened, or no image that can be used.
         """
-        source, recorded = self._recorded(data)
+        source, recorded, skipped = self._recorded(data)
         if len(recorded) == 0:
-            raise InputError(f"none of the {len(source)} images can be used")
+            raise InputError(f"none of the {len(source)} images can be used: {next(iter(skipped.values()))}")
+        warn_of_skipped(skipped, source)
         model = self.model_
         names, thresholds = self.exit_names_[:-1], model.cascade.thresholds
         return explain(names, recorded, thresholds, model.path, model.path_disagreement, self.certificate_)
 
     def trade_off(self, data: ImageData) -> tuple[np.ndarray, np.ndarray]:
         """Cost (multiply-adds, every exit at work) and agreement of every setting on the threshold path, (S,) each."""
-        _, recorded = self._recorded(data)
+        _, recorded, _ = self._recorded(data)
         return trade_off(self.model_.path, recorded, self.model_.cascade.costs)
 
     def embed(self, data: ImageData) -> np.ndarray:
         """Final features of the full encoder, (N, F) float32; NaN where an image is unusable."""
         source, batches = self._all(data, "embed")
         features = np.full((len(source), self.model_.cascade.tapped.output.dim), np.nan, dtype=np.float32)
+        skipped: dict[int, str] = {}
         for each in describe(self.model_.cascade.tapped, batches):
             features[each.indices.numpy()] = each.features.cpu().numpy()
+            skipped |= each.skipped
+        warn_of_skipped(skipped, source)
         return features
 
     def transform(self, data: ImageData) -> np.ndarray:
         """Distances of final features to the final centroids, (N, K), by direction where clusters are spherical."""
-        features, centers = self.embed(data), self.cluster_centers_
+        centers = torch.from_numpy(self.cluster_centers_)
+        features = torch.from_numpy(self.embed(data))
         if self.model_.settings.clusters.spherical:
-            features = features / np.linalg.norm(features, axis=1, keepdims=True)
-        return np.linalg.norm(features[:, None] - centers, axis=2)
+            features = nn.functional.normalize(features, dim=1)
+        return torch.cdist(features, centers).numpy()
 
     def save(self, folder: str | Path) -> None:
         """Write the model into a new folder, or over a model that is there; `load` reads it.
@@ -313,8 +324,12 @@ class ExitClusterer(ClusterMixin, BaseEstimator):
         Raises:
             InputError: the folder exists and holds anything else.
         """
-        self._check_fitted()
-        save_model(Path(folder), replace(self.model_, preprocessing=self.preprocessing))
+        model, runtime, how = self._fitted(), Runtime.of(self.runtime), Calibration.of(self.calibration)
+        settings = replace(model.settings, batch_size=self.batch_size).nested(
+            runtime={"num_workers": runtime.num_workers, "progress": runtime.progress},
+            calibration={"audit": how.audit, "false_alarm": how.false_alarm},
+        )
+        save_model(Path(folder), replace(model, settings=settings, preprocessing=self.preprocessing))
 
     @property
     def encoder_(self) -> nn.Module:
@@ -381,13 +396,10 @@ class ExitClusterer(ClusterMixin, BaseEstimator):
             warnings.warn(str(self.audit_), stacklevel=3)
         return result
 
-    def _recorded(self, data: ImageData) -> tuple[ImageSource, Recorded]:
-        """What every exit says of the images."""
+    def _recorded(self, data: ImageData) -> tuple[ImageSource, Recorded, dict[int, str]]:
+        """What every exit says of the images, and those that could not be used."""
         source, batches = self._all(data, "record")
-        recorded, skipped = record(self.model_.cascade, batches)
-        if len(recorded):
-            warn_of_skipped(skipped, source)
-        return source, recorded
+        return source, *record(self.model_.cascade, batches)
 
     def _open(self, data: ImageData) -> ImageSource:
         return open_images(data, self.preprocessing, Runtime.of(self.runtime).num_workers)
@@ -438,9 +450,8 @@ def load(
         "runtime": {} if compile is None else {"compile": compile},
     }
     model = load_model(folder, encoder, device, **changes)
-    parameters = {f.name: getattr(model.settings, f.name) for f in fields(Settings)}
     network = EncoderSpec(model.spec, str(Path(folder) / WEIGHTS)) if model.spec else model.encoder
-    c = ExitClusterer(network, **parameters, preprocessing=model.preprocessing)
+    c = ExitClusterer(network, **model.settings.parameters(), preprocessing=model.preprocessing)
     c._hold(model)
     return c
 

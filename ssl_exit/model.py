@@ -24,6 +24,7 @@ from ssl_exit.exits.across import AcrossExits
 from ssl_exit.exits.certificate import Certificate
 from ssl_exit.exits.final import Final, FinalClasses, FinalClusters
 from ssl_exit.exits.registry import build_rules
+from ssl_exit.exits.rules import RULES, ExitRule
 from ssl_exit.settings import Settings
 
 
@@ -56,7 +57,7 @@ class ExitChoice:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Provenance:
     """What a model was fitted to.
 
@@ -79,7 +80,7 @@ class Provenance:
     calibration_skipped: dict[int, str] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Model:
     """What fitting returns, `ssl_exit.storage` writes and reads, and `ExitClusterer` holds as `model_`.
 
@@ -213,7 +214,7 @@ class Model:
         cascade = cascade.at(tensors["thresholds"].numpy())
         times = StageTimes(**{k[6:]: v.numpy() for k, v in tensors.items() if k.startswith("times.")})
         if about["device"] != device.type:  # what was measured there says nothing of here
-            example = torch.randn(min(settings.batch_size, 16), *image)
+            example = torch.randn(min(settings.batch_size, 16), *image, generator=torch.Generator())
             times = stage_times(cascade.tapped, cascade.rules, cascade.final, example)
         used = Provenance(
             tensors["fit_images"].numpy().view(np.uint64),
@@ -237,8 +238,14 @@ class Model:
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickled without its stages and programs, which are made again from the encoder."""
-        return Model.from_state, (self.encoder, *self.state())
+        """Pickled without stages and programs, which are made again, and with the classes of its rules."""
+        classes = {type(part) for rule in self.cascade.rules for part in rule.modules() if isinstance(part, ExitRule)}
+        return _unpickled, (tuple(classes), self.encoder, *self.state())
+
+
+def _unpickled(classes: tuple[type[ExitRule], ...], *state: Any) -> Model:
+    RULES.update({rule.name: rule for rule in classes if "name" in vars(rule)})
+    return Model.from_state(*state)
 
 
 def _cut(

@@ -74,7 +74,8 @@ class Group:
             value, within = getattr(self, f.name), f.metadata.get("within", "")
             if not _is_a(value, hints[f.name]) or (within and isinstance(value, Real) and not _inside(value, within)):
                 legal = _describe(hints[f.name]) + (f" in {within}" if within else "")
-                raise InputError(f"{f.metadata.get('flag') or f.name} must be {legal}; got {value!r}")
+                flag = f.metadata.get("flag", "")
+                raise InputError(f"{f.name}{f' (--{flag})' if flag else ''} must be {legal}; got {value!r}")
 
     @classmethod
     def of(cls, value: Any) -> Self:
@@ -248,6 +249,10 @@ class Settings(Group):
     def to_dict(self) -> dict[str, Any]:
         """Nested dictionaries of plain values, for JSON."""
         return asdict(self)
+
+    def parameters(self) -> dict[str, Any]:
+        """Parameters of `ExitClusterer` by name, groups as they are."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
 
     def nested(self, **changes: Mapping[str, Any]) -> "Settings":
         """With some fields of some groups replaced: `nested(runtime={"compile": True})`."""

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -84,7 +85,8 @@ def load_model(
             f"model {str(folder)!r} was fitted with a {about['encoder']['class']} passed as a module: "
             "load(folder, encoder=that module)"
         )
-    filled = copy.deepcopy(EncoderSpec(spec).build() if encoder is None else as_module(encoder)).cpu().eval()
+    with torch.random.fork_rng(devices=[]):  # weights drawn here are replaced
+        filled = copy.deepcopy(EncoderSpec(spec).build() if encoder is None else as_module(encoder)).cpu().eval()
     try:
         filled.load_state_dict(load_file(folder / WEIGHTS))
     except RuntimeError as error:

@@ -8,7 +8,6 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     )
 
 import tarfile
-from dataclasses import fields
 from itertools import accumulate
 from pathlib import Path
 
@@ -130,9 +129,7 @@ def clusterer(encoder, preprocessing=None, **flat) -> ExitClusterer:
     settings = Settings.from_flat({"device": "cpu", "progress": False} | flat)
     unknown = set(flat) - {option.flag for option in options_of(Settings)}
     assert not unknown, unknown
-    return ExitClusterer(
-        encoder, **{f.name: getattr(settings, f.name) for f in fields(Settings)}, preprocessing=preprocessing
-    )
+    return ExitClusterer(encoder, **settings.parameters(), preprocessing=preprocessing)
 
 
 def batches_of(images: Tensor, batch_size: int):

@@ -19,15 +19,15 @@ from ssl_exit.settings import GROUPS, Settings, help_texts, options_of
     ("make", "message"),
     [
         (lambda: Exits(ensemble="no"), "ensemble must be True or False; got 'no'"),
-        (lambda: Exits(3), "exits must be a string or a list of names or a tuple of names; got 3"),
+        (lambda: Exits(3), r"points \(--exits\) must be a string or a list of names or a tuple of names; got 3"),
         (lambda: Exits("layer1"), 'exits must be "auto" or a list of names'),
-        (lambda: Exits([1, 2]), "exits must be"),
+        (lambda: Exits([1, 2]), r"points \(--exits\) must be"),
         (lambda: Exits(descriptor="nonsense"), "descriptor must be one of .*'auto', 'average'"),
         (lambda: Exits(patience=0), r"patience must be a whole number in \[1, inf\); got 0"),
         (lambda: Exits(patience=True), "patience must be a whole number"),
         (lambda: Runtime(compile="false"), "compile must be True or False; got 'false'"),
         (lambda: Runtime(num_workers=-1), r"num_workers must be a whole number in \[0, inf\)"),
-        (lambda: Rule(options=["hidden"]), "rule_options must be a dictionary by name or None"),
+        (lambda: Rule(options=["hidden"]), r"options \(--rule_options\) must be a dictionary by name or None"),
         (lambda: Clusters(spherical=1), "spherical must be True or False; got 1"),
         (lambda: Calibration("most"), "guarantee must be one of .*'overall'"),
         (lambda: Calibration(audit=2), r"audit must be a number in \[0, 1\]; got 2"),
@@ -77,6 +77,10 @@ def test_scikit_learn_reads_and_sets_nested_names():
     grid = ParameterGrid({"rule__name": ["centroid", "mlp"], "calibration__cost": ["macs", "time"]})
     seen = {(each.rule.name, each.calibration.cost) for each in (clone(c).set_params(**p) for p in grid)}
     assert seen == {(rule, cost) for rule in ("centroid", "mlp") for cost in ("macs", "time")}
+    c.set_params(calibration="expectation").set_params(calibration__audit=0.1, calibration__guarantee="overall")
+    with pytest.raises(InputError, match="patience must be"):
+        c.set_params(n_clusters=7, exits__patience=0)
+    assert c.n_clusters == 3  # all or nothing
     with pytest.raises(InputError, match="has no parameter 'rulex'"):
         c.set_params(rulex="mlp")
     with pytest.raises(InputError, match="has no parameter 'rule__hidden'"):

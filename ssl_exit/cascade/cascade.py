@@ -19,7 +19,7 @@ from ssl_exit.exits.rules import ExitRule
 from ssl_exit.exits.thresholds import NEVER
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Cascade:
     """Stages, exits and thresholds; a value.
 

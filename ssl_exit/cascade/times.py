@@ -18,11 +18,11 @@ SIZES = (1, 8, 64)  # batch sizes that are timed, beside the one in use
 def now(device: torch.device) -> float:
     """Seconds on a clock, once the device has finished its work."""
     if device.type != "cpu":
-        getattr(torch, device.type).synchronize()
+        torch.accelerator.synchronize(device)
     return time.perf_counter()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class StageTimes:
     """Seconds of one run at several batch sizes.
 

@@ -42,12 +42,11 @@ def fit(
 
     spec = EncoderSpec(encoder, weights)
     imported = ":" in encoder and not encoder.startswith("timm:")
-    if weights is None and not imported and encoder != "digits_cnn":
+    if weights is None and not imported:
         raise InputError(f"encoder {encoder!r} needs --weights: a weights file, or DEFAULT to download")
     check_model_folder(Path(out))  # before hours of work, not after
-    parameters = {name: getattr(settings, name) for name in settings.__dataclass_fields__}
     preprocessing = preprocessing_for(spec, size=size, mean=mean, std=std, crop=crop)
-    c = ExitClusterer(spec, **parameters, preprocessing=preprocessing)
+    c = ExitClusterer(spec, **settings.parameters(), preprocessing=preprocessing)
     images = FolderImages(Path(data), preprocessing)
     c.fit(images, images.targets if settings.clusters.supervised else None)
     c.save(out)

@@ -26,16 +26,15 @@ _watched: WeakKeyDictionary[nn.Module, tuple[str, str]] = WeakKeyDictionary()  #
 def watched_hash(module: nn.Module) -> str:
     """`module_hash`, computed again only where a cheap look at the module says that it changed.
 
-    The look takes modules' types and of every tensor its place in memory, version, type, shape and 64 values: it
-    notices steps of an optimiser, loaded weights and other modules, but may miss a few single weights that were set
-    through `.data`.
+    The look takes modules' types and of every tensor its place in memory, version, type, shape, sum and norm, in a
+    fraction of the time of a hash.
     """
     seen: list[Any] = [type(part).__name__ for part in module.modules()]
     for name, tensor in module.state_dict(keep_vars=True).items():
         version = 0 if tensor.is_inference() else tensor._version
-        flat = tensor.detach().reshape(-1)
-        some = flat[:: max(1, len(flat) // 64)][:64].double().tolist()
-        seen.append((name, tensor.data_ptr(), version, str(tensor.dtype), tuple(tensor.shape), str(some)))
+        values = tensor.detach().float()
+        moments = str(values.sum().item()), str(values.norm().item())
+        seen.append((name, tensor.data_ptr(), version, str(tensor.dtype), tuple(tensor.shape), *moments))
     look = settings_hash(seen)
     if module not in _watched or _watched[module][0] != look:
         _watched[module] = look, module_hash(module)
@@ -54,7 +53,7 @@ def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
 
 def settings_hash(settings: Any) -> str:
     """SHA-256 of settings as JSON."""
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=lambda v: v.item()).encode()).hexdigest()
 
 
 def image_hashes(images: Tensor) -> np.ndarray:

@@ -60,7 +60,7 @@ def first_images(source: ImageSource, order: np.ndarray, batch_size: int) -> Bat
         if len(batch.indices):
             return batch
         reason = next(iter(batch.skipped.values()))
-    raise InputError(f"none of the {len(order)} images to fit on can be read; for example: {reason}")
+    raise InputError(f"none of the {len(order)} images can be read; for example: {reason}")
 
 
 def parts(

@@ -124,7 +124,7 @@ def _build(
     used: list[np.ndarray] = []
     passes = [noted(images(order, "fit"), used)]
     if settings.rule.mirror:
-        passes.append(mirrored(images(order, "fit, mirrored")))
+        passes.append(noted(mirrored(images(order, "fit, mirrored")), used))
     collected = collect(
         tapped,
         passes,

@@ -20,7 +20,7 @@ class Logits:
     """Of every exit, with the full encoder's label; those of shards join with `+`.
 
     Attributes:
-        values: (n, E, width), NaN beyond a rule's own width.
+        values: (n, E, width), 0 beyond a rule's own width.
         final: (n,) int64.
     """
 

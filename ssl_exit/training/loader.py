@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ssl_exit.data.images import Batch, DatasetImages, FolderImages, ImageSource, TensorImages, open_images
 from ssl_exit.data.preprocessing import Preprocessing
+from ssl_exit.data.reading import first_images
 from ssl_exit.errors import InputError
 
 MEMORY_SHARE = 0.25  # of the machine's memory that decoded images may take
@@ -69,9 +70,11 @@ def decoded(source: DatasetImages) -> TensorImages:
             raise InputError(f"none of the {len(source)} images can be read, {example}")
         warnings.warn(f"{len(unreadable)} of {len(source)} images cannot be read, such as {example}", stacklevel=4)
     assert pixels is not None
+    assert source.convert.preprocessing is not None
+    cropped = replace(source.convert.preprocessing, crop=1.0)  # they are cropped already
     return TensorImages(
         pixels[: len(kept)],
-        source.convert.preprocessing,
+        cropped,
         None if source.targets is None else source.targets[kept],
         pixels=True,
     )
@@ -96,7 +99,7 @@ def digits_images() -> TensorImages:
 
 class FullBatches:
     """Batches of one size: images that cannot be read are replaced by others of their batch, with one warning; a batch
-    without a readable image by the one before."""
+    without a readable image by the one before, or the first that there is."""
 
     def __init__(self, source: ImageSource) -> None:
         self.source, self.last, self.warned = source, Batch(torch.empty(0), torch.empty(0)), False
@@ -110,10 +113,9 @@ class FullBatches:
                 example = f"{self.source.name(position)} ({reason})"
                 warnings.warn(f"{example} cannot be read; others replace such images", stacklevel=2)
             wanted = len(batch.indices) + len(batch.skipped)
-            usable = batch if len(batch.indices) else self.last
-            if len(usable.indices) == 0:
-                raise InputError(f"none of {wanted} images can be read: {next(iter(batch.skipped.values()))}")
-            self.last = usable
+            if len(batch.indices) == 0 and len(self.last.indices) == 0:
+                self.last = first_images(self.source, np.arange(len(self.source)), batch_size)
+            usable = self.last = batch if len(batch.indices) else self.last
             if len(usable.indices) != wanted:
                 rows = torch.arange(wanted) % len(usable.indices)
                 usable = Batch(usable.indices[rows], usable.images[rows])

@@ -149,7 +149,12 @@ def _check_images(source: ImageSource, positions: np.ndarray, module: ExitTraini
         raise InputError(
             f"{len(positions)} images do not fill one batch of {batch_size}; lower batch_size or use more images"
         )
-    channels = first_images(source, positions, batch_size).images.shape[1]
+    first = first_images(source, positions, batch_size).images
+    if first.is_floating_point() and not 0 <= first.min().item() <= first.max().item() <= 1:
+        raise InputError(
+            "floating-point training images must lie in [0, 1]: views are drawn before they are standardised"
+        )
+    channels = first.shape[1]
     if channels != len(module.preprocessing.mean):
         raise InputError(
             f"the images have {channels} channels and mean and std {len(module.preprocessing.mean)}: set one entry for "

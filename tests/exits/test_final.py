@@ -1,4 +1,4 @@
-"""What the whole encoder answers."""
+"""What the full encoder answers."""
 
 import pytest
 import torch

@@ -54,7 +54,7 @@ def test_the_first_usable_batch():
             yield Batch(torch.empty(0, dtype=torch.int64), torch.empty(0), {0: "not an image"})
 
     assert first_images(Source(), np.arange(4), 2).images.shape == (2, 1, 4, 4)
-    with pytest.raises(InputError, match="none of the 4 images to fit on can be read; for example: not an image"):
+    with pytest.raises(InputError, match="none of the 4 images can be read; for example: not an image"):
         first_images(Broken(), np.arange(4), 2)
 
 

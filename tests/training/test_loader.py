@@ -77,7 +77,7 @@ def test_a_folder_of_unreadable_images_is_an_error(image_folder, monkeypatch):
     with pytest.raises(InputError, match="none of the 60 images"):
         open_training_images(image_folder, SMALL)
     monkeypatch.setattr(module, "MEMORY_SHARE", 0)
-    with pytest.raises(InputError, match="none of 2 images"), pytest.warns(UserWarning, match="others replace"):
+    with pytest.raises(InputError, match="none of the 60 images"), pytest.warns(UserWarning, match="others replace"):
         read(open_training_images(image_folder, SMALL), [0, 1])
 
 
