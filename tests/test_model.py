@@ -153,3 +153,31 @@ def test_a_model_may_hold_any_module(rgb_digits):
     other = replace(c.model_, cascade=closed)
     assert len(other.plan.segments) == 1
     assert (other.run(conftest.batches_of(rgb_digits[:50], 16), 50, 16).exits == len(c.exit_points_)).all()
+
+
+RULE = """
+import sys, pickle, torch
+sys.path.insert(0, sys.argv[2])
+if sys.argv[3] == "write":
+    from mine import Nearest
+    from ssl_exit import ExitClusterer, Runtime
+    encoder = torch.nn.Sequential(*(torch.nn.Conv2d(3, 3, 3) for _ in range(4)))
+    images = torch.randn(300, 3, 12, 12)
+    c = ExitClusterer(encoder, 3, rule="nearest", max_disagreement=0.4, confidence=0.5, runtime=Runtime(progress=False))
+    with open(sys.argv[1], "wb") as f:
+        pickle.dump(c.fit(images), f)
+else:
+    with open(sys.argv[1], "rb") as f:
+        assert len(pickle.load(f).predict(torch.randn(20, 3, 12, 12))) == 20
+"""
+
+
+def test_a_rule_of_the_users_travels_with_the_model(tmp_path):
+    """Another process imports the module that defines it."""
+    (tmp_path / "mine.py").write_text(
+        "from ssl_exit.exits.means import EuclideanRule\n\n\nclass Nearest(EuclideanRule):\n    name = 'nearest'\n"
+    )
+    for task in ("write", "read"):
+        words = [sys.executable, "-W", "ignore", "-c", RULE, str(tmp_path / "c.pickle"), str(tmp_path), task]
+        done = subprocess.run(words, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
