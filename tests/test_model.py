@@ -56,6 +56,7 @@ def test_copies_answer_alike(c, digits, tmp_path, way, of_model):
         np.testing.assert_array_equal(getattr(results[0], name), getattr(results[1], name))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnet20", "mobilenet", "vit"])
 def test_every_kind_of_encoder_is_pickled(name, rgb_digits):
     encoder = conftest.untrained(name, rgb_digits)
@@ -71,6 +72,7 @@ def labels_of(model, images):
     return model.run(conftest.batches_of(images, 64), len(images), 64).labels
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_a_worker_process_answers_alike(c, digits, method):
     model, images = c.model_, digits[900:1100]

@@ -71,6 +71,7 @@ def test_parameters_changed_after_fit_are_not_saved_where_the_model_is_made_of_t
     np.testing.assert_array_equal(loaded.predict(digits[900:]), c.predict(digits[900:]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [

@@ -44,6 +44,7 @@ def test_wealth_equals_a_slow_reference_however_images_arrive():
     assert (audit.images, audit.audited, audit.disagreements) == (1700, audited.sum(), (audited & disagree).sum())
 
 
+@pytest.mark.slow
 def test_false_alarms_are_rare_over_long_streams():
     """At exactly the certified rate, over 20,000 images each."""
     rng = np.random.default_rng(0)

@@ -143,6 +143,7 @@ def two_kinds(rng, n):
     return Recorded(np.where(wrong, 1 - final, final)[:, None], scores, final)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("guarantee", "n"), [("cluster", 3000), ("exit", 10_000)])
 def test_finer_guarantees_hold_for_every_part(guarantee, n):
     """Over redraws, in no part more than eps disagree; "overall" breaks that for the worse part nearly always."""

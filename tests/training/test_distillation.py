@@ -148,6 +148,7 @@ def test_a_new_round_has_a_new_teacher(weights, digits):
     assert not torch.equal(teacher[name], student[name])
 
 
+@pytest.mark.slow
 def test_exits_become_cheaper(weights, digits):
     """At 95 to 99 % agreement on test images, with rules fitted afterwards in both cases."""
     costs = {}

@@ -53,6 +53,7 @@ def joined(one: Path, two: Path) -> None:
         torch.testing.assert_close(resumed[name], value, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_it_goes_on_as_if_nothing_had_been(tmp_path):
     words = ["--options.exit_weight", "1.0", "--epochs", "6"]
     main(command(tmp_path / "whole", *words))
@@ -70,6 +71,7 @@ def test_killed_and_resumed_it_goes_on_as_if_nothing_had_been(tmp_path):
     assert len(list(checkpoints.iterdir())) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "words",
     [
@@ -95,6 +97,7 @@ def test_stopped_and_resumed_likewise(tmp_path, words, monkeypatch):
     joined(tmp_path / "whole", tmp_path / "stopped")
 
 
+@pytest.mark.slow
 def test_images_that_workers_fetch_ahead_come_in_the_same_order_after_a_stop(tmp_path, image_folder, monkeypatch):
     monkeypatch.setattr("ssl_exit.training.loader.MEMORY_SHARE", 0)
     words = ["--epochs", "4", "--batch-size", "10", "--num-workers", "2", "--monitor-share", "0"]
@@ -251,6 +254,7 @@ def test_neighbours_name_classes_as_a_slow_vote_does():
     assert knn_accuracy_predictions(bank, queries, classes).tolist() == expected
 
 
+@pytest.mark.slow
 def test_two_processes_train_one_encoder(tmp_path):
     """Batches are shared and negatives gathered, or the loss could not be as large: near ln 255, not ln 127."""
     process = start(command(tmp_path, "--epochs", "2", "--devices", "2", "--monitor-share", "0"))
