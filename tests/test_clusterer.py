@@ -335,6 +335,7 @@ def test_labels_given_outside_the_supervised_mode_change_nothing(encoder, rgb_di
 def test_patience_and_ensembling_give_the_same_labels_however_images_are_batched(encoder, rgb_digits):
     exits = ["layer1.0", "layer1", "layer2.0", "layer2", "layer3.0"]
     c = clusterer(encoder, exits=exits, patience=2, ensemble=True).fit(rgb_digits[:800])
+    conftest.leaving_everywhere(c, rgb_digits[:800])
     unseen = rgb_digits[800:]
     recorded, _ = record(c.model_.cascade, batches_of(unseen, 64))
     labels, taken = simulate(recorded, c.model_.cascade.thresholds)
