@@ -17,13 +17,8 @@ Method = Literal["simclr", "moco", "distill"]
 
 
 def option(default: Any = MISSING, within: str = "", flag: str = "") -> Any:
-    """A field of a group.
-
-    Args:
-        default: its value if none is set.
-        within: interval of legal numbers, such as "[0, 1)".
-        flag: name on the command line, where it is not the field's own.
-    """
+    """A field of a group: its default, an interval of legal numbers such as "[0, 1)", and its name on the command
+    line, where that is not the field's own."""
     return field(default=default, metadata={"within": within, "flag": flag})
 
 
