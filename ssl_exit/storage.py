@@ -60,19 +60,10 @@ def load_model(
     device: str = "auto",
     **changes: Mapping[str, Any],
 ) -> Model:
-    """Read a model that `save_model` wrote.
+    """Read a model that `save_model` wrote; arguments and errors are those of `ssl_exit.load`.
 
     Args:
-        folder: the model.
-        encoder: a module of the same architecture, for models whose encoder was passed as a module; it is
-            copied, and filled with the saved weights. Models saved with an EncoderSpec build their own; for
-            "module:function" that imports the module from the Python path.
-        device: where to run: "auto" or what torch.device takes.
         changes: fields of groups of settings to replace, such as runtime={"compile": True}.
-
-    Raises:
-        InputError: the folder is no model, truncated, changed since it was written, of a newer format, or
-            needs an encoder; or settings that are not legal.
     """
     folder = Path(folder)
     about = _read_about(folder)
