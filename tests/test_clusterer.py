@@ -426,7 +426,7 @@ def test_a_stream_gives_what_run_gives_part_by_part(encoder, rgb_digits, monkeyp
     images[70] = torch.nan
     with pytest.warns(UserWarning, match="1 of 200 images could not be used"):
         whole = c.run(images)
-    monkeypatch.setattr("ssl_exit.clusterer.PART", 4)
+    monkeypatch.setattr("ssl_exit.clusterer.estimator.PART", 4)
     for start in (0, 37):
         parts = list(c.stream(images, start))
         assert [len(part.labels) for part in parts[:-1]] == [64] * (len(parts) - 1)

@@ -159,7 +159,7 @@ def test_wrong_input_ends_with_one_line_and_status_2(words, message, capsys):
 def test_an_interrupted_predict_goes_on_where_it_stopped(model, image_folder, tmp_path, monkeypatch, capsys):
     command = ["predict", "--model", str(model), "--data", str(image_folder), "--out"]
     main([*command, str(tmp_path / "whole.csv")])
-    monkeypatch.setattr("ssl_exit.clusterer.PART", 1)
+    monkeypatch.setattr("ssl_exit.clusterer.estimator.PART", 1)
     stream = ExitClusterer.stream
 
     def interrupted(self, data, start):

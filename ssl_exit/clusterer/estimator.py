@@ -2,46 +2,38 @@
 
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import KW_ONLY, dataclass, fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from sklearn.base import BaseEstimator, ClusterMixin
-from sklearn.exceptions import NotFittedError
+from sklearn.base import ClusterMixin
 from torch import nn
 
 from ssl_exit.cascade.cascade import describe
 from ssl_exit.cascade.result import ExitResult
-from ssl_exit.cascade.times import StageTimes
+from ssl_exit.clusterer.attributes import Fitted
 from ssl_exit.data.images import Batch, ImageData, ImageSource, open_images
-from ssl_exit.data.preprocessing import Preprocessing
 from ssl_exit.data.reading import parts, read, warn_of_skipped
 from ssl_exit.encoders.build import EncoderSpec
-from ssl_exit.encoders.graph import ExitPoint, as_module
-from ssl_exit.encoders.inference import usable_device
+from ssl_exit.encoders.graph import as_module
 from ssl_exit.errors import InputError
 from ssl_exit.exits.audit import DriftAudit
-from ssl_exit.exits.certificate import Certificate
-from ssl_exit.exits.final import FinalClusters
-from ssl_exit.exits.registry import check_rule
 from ssl_exit.exits.thresholds import Recorded, trade_off
 from ssl_exit.fitting.calibrate import refuse_fitted, warn_of_nothing
 from ssl_exit.fitting.fit import fit, recalibrate
 from ssl_exit.fitting.record import record
 from ssl_exit.measure.evaluation import Evaluation, evaluate
 from ssl_exit.measure.explanation import Explanation, explain
-from ssl_exit.model import ExitChoice, Model
-from ssl_exit.settings import GROUPS, Calibration, Clusters, Exits, Rule, Runtime, Settings
+from ssl_exit.model import Model
+from ssl_exit.settings import Calibration, Runtime
 from ssl_exit.storage import WEIGHTS, load_model, save_model
 
 PART = 64  # batches whose results stream() returns at a time
-_DEFAULT = Settings()
 
 
-@dataclass(eq=False, repr=False)
-class ExitClusterer(ClusterMixin, BaseEstimator):
+class ExitClusterer(ClusterMixin, Fitted):
     """Cluster images with an encoder, computing for each only as many layers as it needs.
 
     Parameters that belong together form groups; the first field of a group may stand for it (`rule="mlp"` means
@@ -97,67 +89,6 @@ class ExitClusterer(ClusterMixin, BaseEstimator):
         >>> c.predict(images).shape
         (600,)
     """
-
-    encoder: nn.Module | Sequence[nn.Module] | EncoderSpec
-    n_clusters: int = _DEFAULT.n_clusters
-    exits: Exits | str | Sequence[str] = _DEFAULT.exits
-    rule: Rule | str = _DEFAULT.rule
-    max_disagreement: float = _DEFAULT.max_disagreement
-    confidence: float = _DEFAULT.confidence
-    batch_size: int = _DEFAULT.batch_size
-    device: str | torch.device = _DEFAULT.device
-    random_state: int = _DEFAULT.random_state
-    _: KW_ONLY
-    clusters: Clusters = _DEFAULT.clusters
-    calibration: Calibration | str = _DEFAULT.calibration
-    runtime: Runtime = _DEFAULT.runtime
-    preprocessing: Preprocessing | None = None
-
-    def get_params(self, deep: bool = True) -> dict[str, Any]:
-        """Parameters by name; with `deep`, the fields of groups too, as "rule__name"."""
-        params = {f.name: getattr(self, f.name) for f in fields(self)}
-        for name, group in GROUPS.items() if deep else []:
-            own = group.of(params[name])
-            params |= {f"{name}__{f.name}": getattr(own, f.name) for f in fields(own)}  # type: ignore[arg-type]
-        return params
-
-    def set_params(self, **params: Any) -> "ExitClusterer":
-        """Change parameters, fields of groups by nested names such as `rule__name`.
-
-        Raises:
-            InputError: an unknown name, or a field of a group that cannot have this value.
-        """
-        known = {f.name for f in fields(self)}
-        known |= {f"{name}__{f.name}" for name, group in GROUPS.items() for f in fields(group)}  # type: ignore[arg-type]
-        for name in params:
-            if name not in known:
-                raise InputError(f"ExitClusterer has no parameter {name!r}; it has {sorted(known)}")
-        new = {name: value for name, value in params.items() if "__" not in name}
-        for name, group in GROUPS.items():
-            changes = {key.partition("__")[2]: value for key, value in params.items() if key.startswith(name + "__")}
-            if changes:
-                new[name] = replace(group.of(new.get(name, getattr(self, name))), **changes)  # type: ignore[type-var]
-        for name, value in new.items():
-            setattr(self, name, value)
-        return self
-
-    def settings(self) -> Settings:
-        """All parameters but encoder and preprocessing, checked.
-
-        Raises:
-            InputError: the first value that is not legal, by name.
-        """
-        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(Settings)}
-        values |= {name: group.of(values[name]) for name, group in GROUPS.items()} | {"device": str(self.device)}
-        settings = Settings(**values)
-        if not isinstance(self.preprocessing, (Preprocessing, type(None))):
-            raise InputError(
-                f"preprocessing must be an ssl_exit.Preprocessing or None; got {type(self.preprocessing).__name__}: "
-                "apply any other transform in your Dataset, and leave preprocessing out"
-            )
-        check_rule(settings.rule.name, settings.rule.options)
-        usable_device(settings.device)
-        return settings
 
     def fit(self, data: ImageData, y: np.ndarray | None = None) -> "ExitClusterer":
         """Find final clusters, fit an exit rule at every exit point, and calibrate on images held out by seed.
@@ -331,55 +262,6 @@ class ExitClusterer(ClusterMixin, BaseEstimator):
         )
         save_model(Path(folder), replace(model, settings=settings, preprocessing=self.preprocessing))
 
-    @property
-    def encoder_(self) -> nn.Module:
-        """A copy of the encoder, in float32 on the CPU."""
-        return self._fitted().encoder
-
-    @property
-    def certificate_(self) -> Certificate:
-        """What calibration showed, void if what it is about has changed (see `Model.check`)."""
-        return replace(self._fitted(), preprocessing=self.preprocessing).check(watch=True)
-
-    @property
-    def exit_choices_(self) -> list[ExitChoice]:
-        """With exits="auto", why each candidate was kept or left out."""
-        return list(self._fitted().provenance.choices)
-
-    @property
-    def skipped_(self) -> dict[int, str]:
-        """Position and reason of images that fit() could not use."""
-        return self._fitted().provenance.skipped
-
-    @property
-    def times_(self) -> StageTimes:
-        """Measured seconds of stages and exits."""
-        times = self._fitted().cascade.times
-        assert times is not None
-        return times
-
-    @property
-    def exit_points_(self) -> list[ExitPoint]:
-        """The exit points in use."""
-        return self._fitted().cascade.tapped.staged.exit_points
-
-    @property
-    def exit_names_(self) -> list[str]:
-        """Names for the numbers in ExitResult.exits: the exit points, and "end"."""
-        return self._fitted().cascade.exit_names
-
-    @property
-    def cluster_centers_(self) -> np.ndarray:
-        """Final centroids, (K, F) float32.
-
-        Raises:
-            AttributeError: in the supervised mode, where there are none.
-        """
-        final = self._fitted().cascade.final
-        if not isinstance(final, FinalClusters):
-            raise AttributeError("in the supervised mode there are classes, and no centroids")
-        return final.centroids.cpu().numpy()
-
     def _hold(self, model: Model) -> None:
         """Use a model, and begin the audit anew."""
         self.model_, how = model, model.settings.calibration
@@ -413,14 +295,6 @@ class ExitClusterer(ClusterMixin, BaseEstimator):
     def _batches(self, source: ImageSource, order: np.ndarray, task: str) -> Iterator[Batch]:
         shape, progress = self.model_.image_shape, Runtime.of(self.runtime).progress
         return read(source, order, self.batch_size, shape, task, progress=progress)
-
-    def _fitted(self) -> Model:
-        self._check_fitted()
-        return self.model_
-
-    def _check_fitted(self) -> None:
-        if not hasattr(self, "model_"):
-            raise NotFittedError("this ExitClusterer is not fitted yet; call fit(data) first")
 
 
 def load(

@@ -1,0 +1,84 @@
+"""The parameters of the estimator: names, defaults, nested names, and checks."""
+
+from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass, fields, replace
+from typing import Any, Self
+
+import torch
+from sklearn.base import BaseEstimator
+from torch import nn
+
+from ssl_exit.data.preprocessing import Preprocessing
+from ssl_exit.encoders.build import EncoderSpec
+from ssl_exit.encoders.inference import usable_device
+from ssl_exit.errors import InputError
+from ssl_exit.exits.registry import check_rule
+from ssl_exit.settings import GROUPS, Calibration, Clusters, Exits, Rule, Runtime, Settings
+
+_DEFAULT = Settings()
+
+
+@dataclass(eq=False, repr=False)
+class Parameters(BaseEstimator):
+    """What `ExitClusterer` is made with; see there."""
+
+    encoder: nn.Module | Sequence[nn.Module] | EncoderSpec
+    n_clusters: int = _DEFAULT.n_clusters
+    exits: Exits | str | Sequence[str] = _DEFAULT.exits
+    rule: Rule | str = _DEFAULT.rule
+    max_disagreement: float = _DEFAULT.max_disagreement
+    confidence: float = _DEFAULT.confidence
+    batch_size: int = _DEFAULT.batch_size
+    device: str | torch.device = _DEFAULT.device
+    random_state: int = _DEFAULT.random_state
+    _: KW_ONLY
+    clusters: Clusters = _DEFAULT.clusters
+    calibration: Calibration | str = _DEFAULT.calibration
+    runtime: Runtime = _DEFAULT.runtime
+    preprocessing: Preprocessing | None = None
+
+    def get_params(self, deep: bool = True) -> dict[str, Any]:
+        """Parameters by name; with `deep`, the fields of groups too, as "rule__name"."""
+        params = {f.name: getattr(self, f.name) for f in fields(self)}
+        for name, group in GROUPS.items() if deep else []:
+            own = group.of(params[name])
+            params |= {f"{name}__{f.name}": getattr(own, f.name) for f in fields(own)}  # type: ignore[arg-type]
+        return params
+
+    def set_params(self, **params: Any) -> Self:
+        """Change parameters, fields of groups by nested names such as `rule__name`.
+
+        Raises:
+            InputError: an unknown name, or a field of a group that cannot have this value.
+        """
+        known = {f.name for f in fields(self)}
+        known |= {f"{name}__{f.name}" for name, group in GROUPS.items() for f in fields(group)}  # type: ignore[arg-type]
+        for name in params:
+            if name not in known:
+                raise InputError(f"ExitClusterer has no parameter {name!r}; it has {sorted(known)}")
+        new = {name: value for name, value in params.items() if "__" not in name}
+        for name, group in GROUPS.items():
+            changes = {key.partition("__")[2]: value for key, value in params.items() if key.startswith(name + "__")}
+            if changes:
+                new[name] = replace(group.of(new.get(name, getattr(self, name))), **changes)  # type: ignore[type-var]
+        for name, value in new.items():
+            setattr(self, name, value)
+        return self
+
+    def settings(self) -> Settings:
+        """All parameters but encoder and preprocessing, checked.
+
+        Raises:
+            InputError: the first value that is not legal, by name.
+        """
+        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(Settings)}
+        values |= {name: group.of(values[name]) for name, group in GROUPS.items()} | {"device": str(self.device)}
+        settings = Settings(**values)
+        if not isinstance(self.preprocessing, (Preprocessing, type(None))):
+            raise InputError(
+                f"preprocessing must be an ssl_exit.Preprocessing or None; got {type(self.preprocessing).__name__}: "
+                "apply any other transform in your Dataset, and leave preprocessing out"
+            )
+        check_rule(settings.rule.name, settings.rule.options)
+        usable_device(settings.device)
+        return settings
