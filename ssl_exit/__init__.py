@@ -11,10 +11,10 @@ if TYPE_CHECKING:
     from ssl_exit.encoders.build import EncoderSpec
     from ssl_exit.encoders.graph import list_exits
     from ssl_exit.exits.rules import ExitRule
-    from ssl_exit.settings import Calibration, Clusters, Exits, Rule, Runtime
+    from ssl_exit.settings import Calibration, Clusters, Exits, Front, Rule, Runtime
 
 __version__ = "0.2.0"
-__all__ = ["Calibration", "Clusters", "EncoderSpec", "ExitClusterer", "ExitRule", "Exits", "InputError",
+__all__ = ["Calibration", "Clusters", "EncoderSpec", "ExitClusterer", "ExitRule", "Exits", "Front", "InputError",
            "Preprocessing", "Rule", "Runtime", "__version__", "list_exits", "load"]  # fmt: skip
 
 _MODULES = {
@@ -24,7 +24,7 @@ _MODULES = {
     "EncoderSpec": "encoders.build",
     "list_exits": "encoders.graph",
     "ExitRule": "exits.rules",
-} | dict.fromkeys(("Calibration", "Clusters", "Exits", "Rule", "Runtime"), "settings")
+} | dict.fromkeys(("Calibration", "Clusters", "Exits", "Front", "Rule", "Runtime"), "settings")
 
 
 def __getattr__(name: str) -> Any:

@@ -1,6 +1,6 @@
 """The fitted model: a value that is fitted, calibrated, saved, loaded, copied and sent to other processes."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from importlib.metadata import version
@@ -18,11 +18,14 @@ from ssl_exit.cascade.times import StageTimes, stage_times
 from ssl_exit.data.hashes import module_hash, settings_hash, tensors_hash, watched_hash
 from ssl_exit.data.images import Batch
 from ssl_exit.data.preprocessing import Preprocessing
+from ssl_exit.encoders.front import Front
 from ssl_exit.encoders.inference import usable_device
 from ssl_exit.encoders.tapped import TappedEncoder
+from ssl_exit.errors import InputError
 from ssl_exit.exits.across import AcrossExits
 from ssl_exit.exits.certificate import Certificate
 from ssl_exit.exits.final import Final, FinalClasses, FinalClusters
+from ssl_exit.exits.front import FrontRule
 from ssl_exit.exits.registry import build_rules
 from ssl_exit.exits.rules import RULES, ExitRule
 from ssl_exit.settings import Settings
@@ -57,6 +60,29 @@ class ExitChoice:
         )
 
 
+@dataclass(frozen=True)
+class Teaching:
+    """How a front was taught.
+
+    Attributes:
+        seconds: of teaching and of what it needs of the full encoder.
+        epochs: passes over the images.
+        agreement: of the front alone with the full encoder, on images kept out of teaching.
+        saving: share of those images that it could answer at the disagreement asked for.
+    """
+
+    seconds: float
+    epochs: int
+    agreement: float
+    saving: float
+
+    def __str__(self) -> str:
+        return (
+            f"taught {self.epochs} epochs in {self.seconds:,.0f} s; its label agrees on {self.agreement:.1%} of images "
+            f"kept out, {self.saving:.1%} of them could leave"
+        )
+
+
 @dataclass(frozen=True, eq=False)
 class Provenance:
     """What a model was fitted to.
@@ -67,6 +93,7 @@ class Provenance:
         n_fit: images behind the statistics, mirrored ones counted too.
         n_sample: of those, images that k-means saw.
         choices: why each candidate exit was kept or left out; empty where none was judged.
+        teaching: of each front.
         shaped: content hashes of the images that shaped the thresholds, uint64; not saved.
         calibration_skipped: position and reason of images that calibration did not use; not saved.
     """
@@ -76,6 +103,7 @@ class Provenance:
     n_fit: int
     n_sample: int
     choices: tuple[ExitChoice, ...] = ()
+    teaching: tuple[Teaching, ...] = ()
     shaped: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint64))
     calibration_skipped: dict[int, str] = field(default_factory=dict)
 
@@ -98,6 +126,7 @@ class Model:
         path_disagreement: share of the certifying images each of them gives another label, (S,).
         provenance: what it was fitted to.
         encoder_hash: of the encoder when the cascade was cut.
+        fronts: networks before the encoder, in float32 on the CPU.
     """
 
     encoder: nn.Module
@@ -111,6 +140,7 @@ class Model:
     path_disagreement: np.ndarray
     provenance: Provenance
     encoder_hash: str
+    fronts: tuple[Front, ...] = ()
 
     @cached_property
     def plan(self) -> Plan:
@@ -141,7 +171,9 @@ class Model:
         return {
             "encoder": (watched_hash if watch else module_hash)(self.encoder),
             "preprocessing": settings_hash(self.preprocessing.to_dict() if self.preprocessing else None),
-            "exits": settings_hash([self.cascade.settings, tensors_hash(self.cascade.tensors())]),
+            "exits": settings_hash(
+                [self.cascade.settings, tensors_hash(self.cascade.tensors()), [module_hash(f) for f in self.fronts]]
+            ),
             "version": version("ssl-exit"),
         }
 
@@ -153,7 +185,8 @@ class Model:
         """The same exits and rules over the encoder as it is now; thresholds let nothing exit."""
         old, exits = self.cascade.tapped, self.cascade
         kinds = [descriptor.kind for descriptor in old.descriptors]
-        tapped = _cut(self.encoder, self.settings, self.image_shape, exits.exit_names[:-1], kinds, old.accumulate)
+        names, macs = exits.exit_names[:-1], old.staged.macs
+        tapped = _cut(self.encoder, self.fronts, self.settings, self.image_shape, names, kinds, old.accumulate, macs)
         closed = Cascade.closed(tapped.to(old.device), exits.rules, exits.final, exits.across)
         return replace(self, cascade=replace(closed, times=exits.times), encoder_hash=module_hash(self.encoder))
 
@@ -165,6 +198,8 @@ class Model:
             "path_disagreement": torch.from_numpy(self.path_disagreement),
             "fit_images": torch.from_numpy(used.images.view(np.int64)),
         }
+        for i, front in enumerate(self.fronts):
+            tensors |= {f"fronts.{i}.{k}": v for k, v in front.network.state_dict().items()}
         if cascade.times is not None:
             tensors |= {f"times.{k}": torch.from_numpy(v.copy()) for k, v in vars(cascade.times).items()}
         about = {
@@ -176,6 +211,9 @@ class Model:
             "exits": cascade.exit_names[:-1],
             "descriptors": [descriptor.kind for descriptor in cascade.tapped.descriptors],
             "accumulate": cascade.tapped.accumulate,
+            "macs": cascade.tapped.staged.macs,
+            "fronts": [front.config for front in self.fronts],
+            "teaching": [asdict(one) for one in used.teaching],
             "certificate": self.certificate.to_dict(),
             "choices": [asdict(choice) for choice in used.choices],
             "skipped": {str(k): v for k, v in used.skipped.items()},
@@ -191,6 +229,7 @@ class Model:
         about: Mapping[str, Any],
         tensors: Mapping[str, Tensor],
         settings: Settings | None = None,
+        front: nn.Module | None = None,
     ) -> "Model":
         """A model from its encoder and what `state` returned.
 
@@ -198,14 +237,26 @@ class Model:
             encoder: with its weights; in float32 on the CPU.
             about, tensors: from `state`.
             settings: other ones than those in `about`; those that the cascade was made from must be the same.
+            front: a module of the architecture of the user's own front, if the model has one.
+
+        Raises:
+            InputError: a front of the user's own is missing or does not fit.
         """
         settings = settings or Settings.from_dict(about["settings"])
         image, exits = tuple(about["image"]), settings.exits
-        tapped = _cut(encoder, settings, image, about["exits"], about["descriptors"], about["accumulate"])
-        rules = build_rules(settings.rule.name, tapped.seen, settings.n_clusters, settings.rule.options)
+        fronts = tuple(
+            _filled(Front.from_config(config, front), _under(tensors, f"fronts.{i}."))
+            for i, config in enumerate(about["fronts"])
+        )
+        kinds, macs = about["descriptors"], about["macs"]
+        tapped = _cut(encoder, fronts, settings, image, about["exits"], kinds, about["accumulate"], macs)
+        own = [FrontRule(dim, settings.n_clusters) for dim in tapped.seen[: len(fronts)]]
+        rules = [
+            *own,
+            *build_rules(settings.rule.name, tapped.seen[len(own) :], settings.n_clusters, settings.rule.options),
+        ]
         for i, rule in enumerate(rules):
-            prefix = f"rules.{i}."
-            rule.load_state_dict({k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)})
+            rule.load_state_dict(_under(tensors, f"rules.{i}."))
         final: Final = FinalClasses(settings.n_clusters)
         if not settings.clusters.supervised:
             final = FinalClusters(tensors["final.centroids"].clone(), settings.clusters.spherical)
@@ -222,6 +273,7 @@ class Model:
             about["n_fit"],
             about["n_sample"],
             tuple(ExitChoice(**choice) for choice in about["choices"]),
+            tuple(Teaching(**one) for one in about["teaching"]),
         )
         return cls(
             encoder=encoder,
@@ -235,28 +287,58 @@ class Model:
             path_disagreement=tensors["path_disagreement"].numpy(),
             provenance=used,
             encoder_hash=about["encoder"]["hash"],
+            fronts=fronts,
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickled without stages and programs, which are made again, and with the classes of its rules."""
         classes = {type(part) for rule in self.cascade.rules for part in rule.modules() if isinstance(part, ExitRule)}
-        return _unpickled, (tuple(classes), self.encoder, *self.state())
+        own = next((f.network for f in self.fronts if f.config["network"] is None), None)
+        return _unpickled, (tuple(classes), self.encoder, own, *self.state())
 
 
-def _unpickled(classes: tuple[type[ExitRule], ...], *state: Any) -> Model:
+def _unpickled(
+    classes: tuple[type[ExitRule], ...], encoder: nn.Module, front: nn.Module | None, about: Any, tensors: Any
+) -> Model:
     RULES.update({rule.name: rule for rule in classes if "name" in vars(rule)})
-    return Model.from_state(*state)
+    return Model.from_state(encoder, about, tensors, front=front)
 
 
 def _cut(
-    encoder: nn.Module, settings: Settings, image: tuple[int, ...], exits: list[str], kinds: list[str], accumulate: bool
+    encoder: nn.Module,
+    fronts: Sequence[Front],
+    settings: Settings,
+    image: tuple[int, ...],
+    exits: Sequence[str],
+    kinds: Sequence[str],
+    accumulate: bool,
+    macs: Sequence[int],
 ) -> TappedEncoder:
     tapped = TappedEncoder.build(
         encoder,
-        exits,
+        exits[len(fronts) :],
         torch.zeros(1, *image),
-        descriptor=kinds,
+        descriptor=kinds[len(fronts) :],
         accumulate=accumulate,
         normalize=settings.exits.normalize,
+        fronts=fronts,
     )
+    tapped.staged.macs = list(macs)  # where they cannot be counted they stand for measured time
     return tapped.for_inference(settings.runtime.precision, image)
+
+
+def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+def _filled(front: Front, weights: Mapping[str, Tensor]) -> Front:
+    """A front with these weights, in eval mode.
+
+    Raises:
+        InputError: they are not its own.
+    """
+    try:
+        front.network.load_state_dict(weights)
+    except RuntimeError as error:
+        raise InputError(f"the front does not fit this model: {error}") from error
+    return front.eval().requires_grad_(False)

@@ -16,6 +16,9 @@ Guarantee = Literal["overall", "cluster", "exit", "expectation"]
 Method = Literal["simclr", "moco", "distill"]
 
 
+PYTHON = "(Python only)"  # flag of a field that has no place on the command line
+
+
 def option(default: Any = MISSING, within: str = "", flag: str = "") -> Any:
     """A field of a group: its default, an interval of legal numbers such as "[0, 1)", and its name on the command
     line, where that is not the field's own."""
@@ -134,6 +137,61 @@ class Rule(Group):
 
 
 @dataclass(frozen=True)
+class Front(Group):
+    """A small network before the encoder, taught the final clusters in fit() (docs/front.md).
+
+    Attributes:
+        kind: none; auto: sized to the encoder by `macs` and `time`; or module: `network`.
+        macs: share of the encoder's multiply-adds that the front may take; several make as many fronts in a row.
+        time: share of the encoder's measured time that all fronts together may take.
+        width: channels of the first convolution, instead of the most that `macs` and `time` allow; others follow.
+        depth: residual blocks at every resolution.
+        side: pixels a side that the front sees at most; larger images are averaged down by a whole factor.
+        epochs: passes over the images, at most.
+        seconds: of teaching, at most, for all fronts together.
+        patience: epochs without a growing saving on images kept out, after which the learning rate begins to fall; 0
+            never stops early.
+        sharpness: power of the soft assignments that are taught; the larger, the surer.
+        mirror: teach mirrored images too, with what the encoder says of them; turn it off for writing.
+        learning_rate: its peak, for batches of 256 images.
+        folder: for checkpoints; a fit that was interrupted goes on from the last one.
+        network: a torch.nn.Module of your own, images to features, (N, D); it is copied, never changed.
+    """
+
+    kind: Literal["none", "auto", "module"] = option("none", flag="front")
+    macs: float | list[float] | tuple[float, ...] = option(0.08, "(0, 1)", flag="front_macs")
+    time: float = option(0.1, "(0, 1)", flag="front_time")
+    width: int | None = option(None, "[1, inf)", flag="front_width")
+    depth: int = option(1, "[1, inf)", flag="front_depth")
+    side: int = option(64, "[4, inf)", flag="front_side")
+    epochs: int = option(40, "[1, inf)", flag="front_epochs")
+    seconds: float | None = option(None, "(0, inf)", flag="front_seconds")
+    patience: int = option(8, "[0, inf)", flag="front_patience")
+    sharpness: float = option(8.0, "(0, inf)", flag="front_sharpness")
+    mirror: bool = option(True, flag="front_mirror")
+    learning_rate: float = option(0.4, "(0, inf)", flag="front_learning_rate")
+    folder: str | None = option(None, flag="front_folder")
+    network: Any = option(None, flag=PYTHON)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.shares or not all(0 < share < 1 for share in self.shares):
+            raise InputError(f"macs (--front_macs) must be shares in (0, 1); got {self.macs!r}")
+
+    @classmethod
+    def of(cls, value: Any) -> "Front":
+        """As for every group; None means none, and a module `Front("module", network=module)`."""
+        if isinstance(value, (cls, str)):
+            return super().of(value)
+        return cls() if value is None else cls("module", network=value)
+
+    @property
+    def shares(self) -> list[float]:
+        """Of the encoder's multiply-adds, one a front."""
+        return [float(self.macs)] if isinstance(self.macs, (int, float)) else [float(share) for share in self.macs]
+
+
+@dataclass(frozen=True)
 class Clusters(Group):
     """What the full encoder answers.
 
@@ -210,7 +268,8 @@ class Settings(Group):
         confidence: with which that must hold; 0.5 asks for no safety margin.
         batch_size: images a stage runs on at a time.
         device: auto (CUDA where there is one), cpu, cuda, cuda:1, ...
-        random_state: seed of the hold-out split, of the order of images in fit, and of k-means.
+        random_state: seed of the hold-out split, of the order of images in fit, of k-means and of teaching.
+        front: see `Front`.
         clusters: see `Clusters`.
         calibration: see `Calibration`.
         runtime: see `Runtime`.
@@ -224,6 +283,7 @@ class Settings(Group):
     batch_size: int = option(256, "[1, inf)")
     device: str = "auto"
     random_state: int = option(0, "[0, inf)", flag="seed")
+    front: Front = Front()
     clusters: Clusters = Clusters()
     calibration: Calibration = Calibration()
     runtime: Runtime = Runtime()
@@ -242,8 +302,8 @@ class Settings(Group):
             raise InputError(f"these are no settings of this version: {error}") from error
 
     def to_dict(self) -> dict[str, Any]:
-        """Nested dictionaries of plain values, for JSON."""
-        return asdict(self)
+        """Nested dictionaries of plain values, for JSON; without a network of the user's."""
+        return asdict(replace(self, front=replace(self.front, network=None)))
 
     def parameters(self) -> dict[str, Any]:
         """Parameters of `ExitClusterer` by name, groups as they are."""
@@ -257,6 +317,7 @@ class Settings(Group):
 GROUPS: dict[str, type[Group]] = {
     "exits": Exits,
     "rule": Rule,
+    "front": Front,
     "clusters": Clusters,
     "calibration": Calibration,
     "runtime": Runtime,
@@ -331,6 +392,8 @@ def options_of(cls: type[Group], group: str = "") -> list[Option]:
     hints, texts = get_type_hints(cls), help_texts(cls)
     result: list[Option] = []
     for f in fields(cls):  # type: ignore[arg-type]
+        if f.metadata.get("flag") == PYTHON:
+            continue
         if isinstance(hints[f.name], type) and issubclass(hints[f.name], Group):
             result += options_of(hints[f.name], f.name)
         else:

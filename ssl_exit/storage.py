@@ -2,7 +2,7 @@
 
 model.json            settings, exit points, certificate, and a checksum of every file
 encoder.safetensors   the encoder's weights
-exits.safetensors     rules, final centroids, thresholds, stage times
+exits.safetensors     rules, fronts, final centroids, thresholds, stage times
 """
 
 import copy
@@ -27,7 +27,7 @@ from ssl_exit.files import atomic_folder
 from ssl_exit.model import Model
 from ssl_exit.settings import Settings
 
-FORMAT = 7
+FORMAT = 8
 WEIGHTS, EXITS, ABOUT = "encoder.safetensors", "exits.safetensors", "model.json"
 PATH_SETTINGS = 100  # of the threshold path that are saved
 
@@ -58,6 +58,7 @@ def load_model(
     folder: str | Path,
     encoder: nn.Module | Sequence[nn.Module] | None = None,
     device: str = "auto",
+    front: nn.Module | None = None,
     **changes: Mapping[str, Any],
 ) -> Model:
     """Read a model that `save_model` wrote; arguments and errors are those of `ssl_exit.load`.
@@ -83,7 +84,7 @@ def load_model(
     except RuntimeError as error:
         raise InputError(f"the encoder does not fit model {str(folder)!r}: {error}") from error
     settings = replace(Settings.from_dict(about["settings"]), device=str(device)).nested(**changes)
-    model = Model.from_state(filled, about, load_file(folder / EXITS), settings)
+    model = Model.from_state(filled, about, load_file(folder / EXITS), settings, front)
     if (certificate := model.check()).void:
         warnings.warn(f"model {str(folder)!r}: the certificate is {certificate}", stacklevel=3)
     return model

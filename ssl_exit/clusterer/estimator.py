@@ -41,11 +41,14 @@ class ExitClusterer(ClusterMixin, Fitted):
 
     Parameters:
         encoder: images to features: a module (it is copied, never changed); a list of modules that are its
-            stages, for networks torch.fx cannot trace; or an EncoderSpec, which load() can build again.
+            stages, for networks torch.fx cannot trace; an EncoderSpec, which load() can build again; or, with a
+            front, any callable from images to features, such as an ONNX session or a client of a service.
         n_clusters: K, the number of final clusters. Default 10.
         exits: names of exit points, "auto" (default), or `Exits`: points, descriptor, accumulate, normalize, patience,
             ensemble.
         rule: name of an exit rule (default "centroid"; docs/rules.md), or `Rule`: name, options, mirror.
+        front: a small network before the encoder, taught the final clusters: None (default), "auto" (sized to the
+            encoder), a module of your own (images to features), or `Front`: macs, time, width, epochs, seconds, ...
         max_disagreement: share of images whose label may differ from the full encoder's, in (0, 1). Default 0.02.
         confidence: with which that must hold, in (0, 1); 0.5 asks for no safety margin. Default 0.95.
         batch_size: images a stage runs on at a time. Default 256.
@@ -302,6 +305,7 @@ def load(
     encoder: nn.Module | Sequence[nn.Module] | None = None,
     device: str = "auto",
     *,
+    front: nn.Module | None = None,
     audit: float | None = None,
     compile: bool | None = None,
 ) -> ExitClusterer:
@@ -313,6 +317,7 @@ def load(
             copied, and filled with the saved weights. Models saved with an EncoderSpec build their own; for
             "module:function" that imports the module from the Python path.
         device: where to run: "auto" or what torch.device takes.
+        front: a module of the same architecture as the front, for models with one of your own.
         audit, compile: other values than those the model was fitted with.
 
     Raises:
@@ -323,9 +328,10 @@ def load(
         "calibration": {} if audit is None else {"audit": audit},
         "runtime": {} if compile is None else {"compile": compile},
     }
-    model = load_model(folder, encoder, device, **changes)
+    model = load_model(folder, encoder, device, front, **changes)
     network = EncoderSpec(model.spec, str(Path(folder) / WEIGHTS)) if model.spec else model.encoder
-    c = ExitClusterer(network, **model.settings.parameters(), preprocessing=model.preprocessing)
+    parameters = model.settings.parameters() | {"front": replace(model.settings.front, network=front)}
+    c = ExitClusterer(network, **parameters, preprocessing=model.preprocessing)
     c._hold(model)
     return c
 

@@ -13,7 +13,7 @@ from ssl_exit.encoders.build import EncoderSpec
 from ssl_exit.encoders.inference import usable_device
 from ssl_exit.errors import InputError
 from ssl_exit.exits.registry import check_rule
-from ssl_exit.settings import GROUPS, Calibration, Clusters, Exits, Rule, Runtime, Settings
+from ssl_exit.settings import GROUPS, Calibration, Clusters, Exits, Front, Rule, Runtime, Settings
 
 _DEFAULT = Settings()
 
@@ -26,6 +26,7 @@ class Parameters(BaseEstimator):
     n_clusters: int = _DEFAULT.n_clusters
     exits: Exits | str | Sequence[str] = _DEFAULT.exits
     rule: Rule | str = _DEFAULT.rule
+    front: Front | str | nn.Module | None = None
     max_disagreement: float = _DEFAULT.max_disagreement
     confidence: float = _DEFAULT.confidence
     batch_size: int = _DEFAULT.batch_size

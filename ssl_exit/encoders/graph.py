@@ -8,7 +8,7 @@ does not depend on them (a parameter, a constant made from parameters) belongs t
 import inspect
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from ssl_exit.encoders.opaque import OpaqueEncoder
 from ssl_exit.errors import InputError
 
 
@@ -112,22 +113,29 @@ class Chain(nn.Module):
         return x
 
 
-def as_module(encoder: nn.Module | Sequence[nn.Module]) -> nn.Module:
-    """The encoder itself, or the modules of a list one after another.
+def as_module(encoder: nn.Module | Sequence[nn.Module] | Callable[[Tensor], Any]) -> nn.Module:
+    """The encoder itself, the modules of a list one after another, or a callable as a module.
 
     Raises:
-        InputError: neither a module nor a list of modules.
+        InputError: none of these.
     """
     if isinstance(encoder, nn.Module):
         return encoder
+    if callable(encoder) and not isinstance(encoder, type):
+        return OpaqueEncoder(encoder)
     if not isinstance(encoder, Sequence) or not encoder or not all(isinstance(m, nn.Module) for m in encoder):
-        raise InputError(f"an encoder is a torch.nn.Module or a list of them; got {encoder!r}")
+        raise InputError(
+            "an encoder is a torch.nn.Module, a list of them, or with a front any callable from images to features; "
+            f"got {encoder!r}"
+        )
     return Chain(encoder)
 
 
 def trace(encoder: nn.Module | Sequence[nn.Module], example: Tensor) -> TracedEncoder:
     """Trace an encoder, find its legal exit points and count multiply-adds (see `list_exits`)."""
     root = as_module(encoder)
+    if isinstance(root, OpaqueEncoder):
+        raise InputError("a callable that is no torch.nn.Module has no exit points; put a front before it")
     if not isinstance(example, Tensor) or example.dim() < 2 or len(example) == 0:
         got = tuple(example.shape) if isinstance(example, Tensor) else type(example).__name__
         raise InputError(f"the example must be a tensor of images, (N, C, H, W), with N >= 1; got {got}")
@@ -179,7 +187,8 @@ def _symbolic_graph(root: nn.Module) -> tuple[fx.Graph, dict[fx.Node, str]]:
         where = f"{frames[-1].filename}, line {frames[-1].lineno}: {frames[-1].line}" if frames else "its own code"
         raise InputError(
             f"{type(root).__name__} cannot be traced by torch.fx: {error} (at {where}). Expected a forward() free of "
-            "control flow that depends on the images; or pass the stages as a list of modules, run in order"
+            "control flow that depends on the images. Put a front before it (front='auto'), behind which it need not "
+            "be cut; or pass the stages as a list of modules, run in order"
         ) from error
     names = dict(tracer.node_to_qualname)
     _, *bound = [node for node in graph.nodes if node.op == "placeholder"]

@@ -6,7 +6,8 @@ from itertools import pairwise
 
 from torch import Tensor, fx, nn
 
-from ssl_exit.encoders.graph import ExitPoint, TracedEncoder, stage_nodes, trace
+from ssl_exit.encoders.graph import ExitPoint, TracedEncoder, as_module, stage_nodes, trace
+from ssl_exit.encoders.opaque import OpaqueEncoder, multiply_adds
 from ssl_exit.errors import InputError
 
 MOST_EXITS = 8  # that "auto" considers
@@ -39,13 +40,21 @@ def split(encoder: nn.Module | Sequence[nn.Module], exits: Sequence[str] | str, 
 
     Args:
         encoder: the network, or a list of modules that are its stages.
-        exits: names of exit points ("layer2" means its last node), or "auto".
+        exits: names of exit points ("layer2" means its last node), "auto", or none: one stage, for which the encoder
+            need not be traceable.
         example: images as the encoder takes them, (N, C, H, W).
 
     Raises:
         InputError: an exit that is not a legal exit point, or an encoder that cannot be traced.
     """
-    traced = trace(encoder, example)
+    try:
+        traced = trace(encoder, example)
+    except InputError:
+        if len(exits):
+            raise
+        module = as_module(encoder)
+        whole = module if isinstance(module, OpaqueEncoder) else OpaqueEncoder(module)
+        return StagedEncoder([whole], [], [multiply_adds(whole, example)])
     if exits == "auto":
         chosen = choose_exits(traced.points)
     elif isinstance(exits, str):
@@ -57,6 +66,14 @@ def split(encoder: nn.Module | Sequence[nn.Module], exits: Sequence[str] | str, 
     stages = [_stage_module(traced, body) for body in stage_nodes(traced, nodes)]
     at = [0] + [round(point.cost * traced.macs) for point in points] + [traced.macs]
     return StagedEncoder(stages, points, [b - a for a, b in pairwise(at)])
+
+
+def behind(n_fronts: int, image_shape: Sequence[int], staged: StagedEncoder) -> StagedEncoder:
+    """The same encoder with an exit point at its input for each front: images pass them unchanged, at no cost."""
+    names = ["front"] if n_fronts == 1 else [f"front{i}" for i in range(1, n_fronts + 1)]
+    points = [ExitPoint(name, tuple(image_shape), 0.0) for name in names]
+    stages = [*(nn.Identity() for _ in names), *staged.stages]
+    return StagedEncoder(stages, [*points, *staged.exit_points], [0] * n_fronts + staged.macs)
 
 
 def choose_exits(points: Sequence[ExitPoint], most: int = MOST_EXITS) -> list[int]:

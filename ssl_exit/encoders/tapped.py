@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from ssl_exit.encoders.descriptors import Descriptor, layout_of
+from ssl_exit.encoders.front import Front
 from ssl_exit.encoders.graph import eval_mode
 from ssl_exit.encoders.inference import PRECISIONS, for_inference
-from ssl_exit.encoders.stages import WIDEST, StagedEncoder, split
+from ssl_exit.encoders.stages import WIDEST, StagedEncoder, behind, split
 from ssl_exit.errors import InputError
 
 
@@ -17,8 +18,9 @@ class TappedEncoder(nn.Module):
     """Stages, and the descriptors computed between them.
 
     Attributes:
-        staged: the encoder, cut at its exit points.
-        descriptors: one for each exit point.
+        staged: the encoder, cut at its exit points; before them, one stage that changes nothing for each front.
+        fronts: networks on the images, the descriptors of the first exits.
+        descriptors: one for each exit point, fronts included.
         output: pools the encoder's output to final features, (N, F): vectors as they are, maps and tokens by
             their average.
         accumulate: whether an exit sees the descriptors of all earlier exits beside its own.
@@ -31,7 +33,7 @@ class TappedEncoder(nn.Module):
     def __init__(
         self,
         staged: StagedEncoder,
-        descriptors: Sequence[Descriptor],
+        descriptors: Sequence[Descriptor | Front],
         output: Descriptor,
         accumulate: bool,
         dtype: torch.dtype = torch.float32,
@@ -40,6 +42,7 @@ class TappedEncoder(nn.Module):
         super().__init__()
         self.staged = staged
         self.descriptors = list(descriptors)
+        self.fronts = nn.ModuleList(d for d in descriptors if isinstance(d, Front))
         self.output = output
         self.accumulate = accumulate
         self.dtype, self.channels_last = dtype, channels_last
@@ -60,25 +63,27 @@ class TappedEncoder(nn.Module):
         descriptor: str | Sequence[str] = "auto",
         accumulate: bool = True,
         normalize: bool = False,
+        fronts: Sequence[Front] = (),
     ) -> "TappedEncoder":
         """Cut an encoder and choose its descriptors; parameters are shared with it.
 
         Args:
             encoder: the network, or a list of modules that are its stages.
-            exits: names of exit points, or "auto".
+            exits: names of exit points in the encoder, or "auto"; none if there are fronts.
             example: images as the encoder takes them, (N, C, H, W).
             descriptor: "average", "pyramid", "tokens" or "flatten"; a list of those, one an exit; or "auto": the
                 pyramid for maps and tokens for sequences if all descriptors together have at most 4,096 entries,
                 else the average.
             accumulate: let each exit see the descriptors of earlier exits too (see `columns`); where they would
                 have more than 4,096 entries, each exit sees its own.
-            normalize: divide each descriptor by its L2 norm.
+            normalize: divide each descriptor by its L2 norm, except features of fronts.
+            fronts: to stand before the encoder.
 
         Raises:
             InputError: from `split`, or a descriptor that does not fit.
         """
         staged = split(encoder, exits, example)
-        if not staged.exit_points:
+        if not staged.exit_points and exits == "auto":
             raise InputError(
                 "the encoder has no exit point between 5 % and 95 % of its cost; name exits yourself, see "
                 "list_exits(encoder, example)"
@@ -95,11 +100,13 @@ class TappedEncoder(nn.Module):
             kinds = [descriptor] * len(shapes) if isinstance(descriptor, str) else list(descriptor)
             if len(kinds) != len(shapes):
                 raise InputError(f"got {len(kinds)} descriptors for {len(shapes)} exits; expected one for each exit")
-        descriptors = [Descriptor(*args, normalize) for args in zip(kinds, shapes, layouts, strict=True)]
+        descriptors: list[Descriptor | Front] = [*fronts]
+        descriptors += [Descriptor(*args, normalize) for args in zip(kinds, shapes, layouts, strict=True)]
         accumulate = accumulate and sum(d.dim for d in descriptors) <= WIDEST
         with torch.no_grad(), eval_mode(staged):
             shape = tuple(staged(example[:1]).shape[1:])
         layout = layout_of(shape, image)
+        staged = behind(len(fronts), example.shape[1:], staged)
         return cls(staged, descriptors, Descriptor("average", shape, layout), accumulate)
 
     def for_inference(self, precision: str, image: Sequence[int]) -> "TappedEncoder":
@@ -136,7 +143,9 @@ class TappedEncoder(nn.Module):
         dtype = PRECISIONS[precision]
         stages = [for_inference(stage, dtype, rewrite=rewrite) for stage in self.staged.stages]
         staged = StagedEncoder(stages, self.staged.exit_points, self.staged.macs)
-        return TappedEncoder(staged, self.descriptors, self.output, self.accumulate, dtype, rewrite).eval()
+        names = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+        descriptors = [d.for_inference(names[dtype]) if isinstance(d, Front) else d for d in self.descriptors]
+        return TappedEncoder(staged, descriptors, self.output, self.accumulate, dtype, rewrite).eval()
 
     def enter(self, images: Tensor) -> Tensor:
         """Images, (N, C, H, W) float32 on any device, as the first stage takes them."""
@@ -160,7 +169,7 @@ class TappedEncoder(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """All descriptors side by side, (N, dim), and final features, (N, F)."""
-        described = []
+        described = [torch.empty(len(images), 0, device=images.device)]  # there may be no exit
         *stages, last = self.staged.stages
         x = images
         for stage, descriptor in zip(stages, self.descriptors, strict=True):

@@ -112,13 +112,15 @@ class Collected:
         return replace(self, statistics=replace(self.statistics, exits=exits), descriptors=self.descriptors[:, columns])
 
     def fit(self, tapped: TappedEncoder, rules: Sequence[ExitRule], across: AcrossExits, seed: int) -> Cascade:
-        """A cascade whose thresholds let nothing exit yet; `rules` are fitted, one an exit of `tapped`."""
-        data = []
+        """A cascade whose thresholds let nothing exit yet; `rules`, one an exit of `tapped`, are fitted, except for
+        fronts, which were taught."""
+        data, taught = [], len(tapped.fronts)
         for i, (dim, columns) in enumerate(zip(tapped.seen, tapped.columns, strict=True)):
             every = self.statistics.exits
             seen = every[0].leading(dim) if tapped.accumulate else every[i]
             data.append(FitData(seen, self.descriptors[:, columns], self.labels, self.soft, seed))
-        type(rules[0]).fit_all(rules, data, exit_costs(tapped, rules, self.final))
+        learning, costs = rules[taught:], exit_costs(tapped, rules, self.final)[taught:]
+        type(learning[0]).fit_all(learning, data[taught:], costs)
         return Cascade.closed(tapped, rules, self.final, across)
 
 
@@ -150,6 +152,7 @@ def collect(
     clusters: Clusters,
     seed: int,
     classes: np.ndarray | None = None,
+    final: Final | None = None,
 ) -> Collected:
     """Find final clusters from the first images, and collect what rules need from all of them in one pass.
 
@@ -166,6 +169,7 @@ def collect(
         seed: of k-means.
         classes: in the supervised mode, the class of the image at every position, which exits learn; without it
             they learn the full encoder's answers.
+        final: final clusters that are known already.
 
     Raises:
         InputError: fewer usable images than clusters, or, in the supervised mode, another number of logits.
@@ -173,8 +177,8 @@ def collect(
     share = sample_size(n, len(passes), n_clusters, max(rule.sample_images for rule in rules), tapped.dim)
     room = Sample.empty(len(passes) * share, tapped)
     skipped: dict[int, str] = {}
-    final: Final | None = None
     n_sample = n_clustered = 0
+    statistics: Statistics | None = None
 
     def labels_of(final: Final, features: Tensor, indices: Tensor) -> Tensor:
         return final(features) if classes is None else torch.from_numpy(classes)[indices]
@@ -184,11 +188,12 @@ def collect(
         filled, others = fill(room.at(slice(n_sample, n_sample + share)), stream)
         own = room.at(slice(n_sample, n_sample + filled))
         n_sample += filled
-        if final is None:
-            final = final_clusters(own, n_clusters, clusters, seed)
+        if statistics is None:
+            final = final or final_clusters(own, n_clusters, clusters, seed)
             n_clustered = 0 if clusters.supervised else min(filled, clustered_images(n_clusters))
             scatter = any(rule.needs_scatter for rule in rules)
             statistics = Statistics.empty(tapped, n_clusters, own.descriptors.double().mean(0), scatter=scatter)
+        assert final is not None
         labels = labels_of(final, own.features, own.indices)
         for rows in torch.arange(filled).split(CHUNK):
             statistics.add(tapped, own.descriptors[rows], labels[rows])
@@ -196,6 +201,7 @@ def collect(
             if len(each.indices):
                 statistics.add(tapped, each.descriptors, labels_of(final, each.features, each.indices))
     assert final is not None
+    assert statistics is not None
     kept = room.at(slice(n_sample))
     labels = labels_of(final, kept.features, kept.indices)
     result = collected(

@@ -11,22 +11,26 @@ from ssl_exit.cascade.cascade import Cascade
 from ssl_exit.cascade.times import stage_times
 from ssl_exit.data.hashes import SeenImages, module_hash, noted
 from ssl_exit.data.images import ImageSource, mirrored
+from ssl_exit.data.kept import Kept
 from ssl_exit.data.preprocessing import Preprocessing
 from ssl_exit.data.reading import first_images
+from ssl_exit.encoders.front import Front
 from ssl_exit.encoders.inference import usable_device
 from ssl_exit.encoders.stages import MOST_EXITS
 from ssl_exit.encoders.tapped import TappedEncoder
 from ssl_exit.errors import InputError
 from ssl_exit.exits.across import AcrossExits
 from ssl_exit.exits.certificate import SettingCounts, certify
+from ssl_exit.exits.front import FrontRule
 from ssl_exit.exits.registry import build_rules, rule_classes
 from ssl_exit.exits.rules import ExitRule
 from ssl_exit.exits.thresholds import Recorded
 from ssl_exit.fitting.calibrate import Read, calibrate, reader, split_held_out, work
 from ssl_exit.fitting.count import Collected, collect
+from ssl_exit.fitting.front import Assigned, assign, sized_fronts, taught_fronts
 from ssl_exit.fitting.place import choose
 from ssl_exit.fitting.record import fit_temperatures, record_logits
-from ssl_exit.model import ExitChoice, Model, Provenance
+from ssl_exit.model import ExitChoice, Model, Provenance, Teaching
 from ssl_exit.settings import Settings
 
 
@@ -59,13 +63,14 @@ def fit(
 
     images = reader(source, settings, shape)
     parts = split_held_out(held, logits_per_image(settings))
-    cascade, provenance = _build(encoder, settings, example, images, fitted, parts[0], classes)
+    cascade, fronts, provenance = _build(encoder, source, settings, example, images, fitted, parts[0], classes)
+    settings = replace(settings, front=replace(settings.front, network=None))  # it is among the model's fronts
     path = cascade.thresholds[None]
     nothing = SettingCounts.count(path, Recorded.empty(len(cascade.rules)))
     _, certificate = certify(path, nothing, cascade.costs, settings.max_disagreement, settings.confidence)
     model = Model(
         encoder, spec, cascade, settings, preprocessing, shape, certificate, path, np.full(1, np.nan), provenance,
-        module_hash(encoder),
+        module_hash(encoder), fronts,
     )  # fmt: skip
     model = calibrate(model, images, parts, settings)
     used = model.provenance
@@ -86,45 +91,75 @@ def recalibrate(model: Model, source: ImageSource, settings: Settings) -> Model:
 def logits_per_image(settings: Settings) -> int:
     """Numbers that exits say of an image, at most."""
     points = settings.exits.points
-    exits = MOST_EXITS if isinstance(points, str) else len(points)
+    front = settings.front
+    fronts = 0 if front.kind == "none" else len(front.shares)
+    exits = fronts + (len(points) if not isinstance(points, str) else 0 if fronts else MOST_EXITS)
     return exits * len(rule_classes(settings.rule.name)) * (settings.n_clusters + 1)
 
 
 def _build(
     encoder: nn.Module,
+    source: ImageSource,
     settings: Settings,
     example: Tensor,
     images: Read,
     order: np.ndarray,
     shaping: np.ndarray,
     classes: np.ndarray | None,
-) -> tuple[Cascade, Provenance]:
-    """Final clusters and a rule at every exit; with exits="auto" those exits that do not pay are left out again."""
+) -> tuple[Cascade, tuple[Front, ...], Provenance]:
+    """Final clusters, fronts, and a rule at every exit; with exits="auto" those exits that do not pay are left out
+    again. Behind a front "auto" means none."""
     exits, precision, device = settings.exits, settings.runtime.precision, usable_device(settings.device)
+    fronts: list[Front] = []
+    taught: list[FrontRule] = []
+    teaching: list[Teaching] = []
 
     def cut(points: str | Sequence[str], descriptor: str | Sequence[str], accumulate: bool) -> TappedEncoder:
         tapped = TappedEncoder.build(
-            encoder, points, example, descriptor=descriptor, accumulate=accumulate, normalize=exits.normalize
-        )
+            encoder, points, example, descriptor=descriptor, accumulate=accumulate, normalize=exits.normalize,
+            fronts=fronts,
+        )  # fmt: skip
         return tapped.for_inference(precision, example.shape[1:]).to(device)
 
     def rules_of(tapped: TappedEncoder) -> list[ExitRule]:
-        return build_rules(settings.rule.name, tapped.seen, settings.n_clusters, settings.rule.options)
+        inner = tapped.seen[len(fronts) :]
+        return [*taught, *build_rules(settings.rule.name, inner, settings.n_clusters, settings.rule.options)]
 
     def fitted(collected: Collected, tapped: TappedEncoder, rules: list[ExitRule]) -> Cascade:
         return collected.fit(tapped, rules, AcrossExits(exits.patience, exits.ensemble), settings.random_state)
 
+    def timed(cascade: Cascade) -> Cascade:
+        return replace(cascade, times=stage_times(cascade.tapped, cascade.rules, cascade.final, example))
+
     points = exits.points if isinstance(exits.points, str) else list(exits.points)
+    assigned: Assigned | None = None
+    if settings.front.kind != "none":
+        points = [] if points == "auto" else points
+        bare = cut([], exits.descriptor, exits.accumulate)
+        untaught = sized_fronts(bare, example, settings)
+        kept = Kept(source, example.shape[1:], settings.front.side)
+        assigned = assign(
+            bare, images(order, "fit"), len(source), n_clusters=settings.n_clusters, clusters=settings.clusters,
+            seed=settings.random_state, mirror=settings.front.mirror, keep=kept,
+        )  # fmt: skip
+        fronts, taught, teaching = taught_fronts(untaught, assigned, kept.open(), settings, classes)
     tapped = cut(points, exits.descriptor, exits.accumulate)
     if exits.patience > len(tapped.seen):
         raise InputError(
             f"patience {exits.patience} lets nothing leave at {len(tapped.seen)} exits; lower it or name more exits"
         )
+    if assigned is not None and not points:
+        across = AcrossExits(exits.patience, exits.ensemble)
+        cascade = timed(Cascade.closed(tapped, taught, assigned.final, across))
+        used = Provenance(
+            assigned.images, assigned.skipped, len(assigned.positions), assigned.n_clustered, teaching=tuple(teaching)
+        )
+        return _priced(cascade), tuple(fronts), used
     rules = rules_of(tapped)
-    used: list[np.ndarray] = []
-    passes = [noted(images(order, "fit"), used)]
+    used_images: list[np.ndarray] = []
+    passes = [noted(images(order, "fit"), used_images)]
     if settings.rule.mirror:
-        passes.append(noted(mirrored(images(order, "fit, mirrored")), used))
+        passes.append(noted(mirrored(images(order, "fit, mirrored")), used_images))
     collected = collect(
         tapped,
         passes,
@@ -134,20 +169,35 @@ def _build(
         clusters=settings.clusters,
         seed=settings.random_state,
         classes=classes,
+        final=assigned.final if assigned else None,
     )
-    cascade = fitted(collected, tapped, rules)
-    cascade = replace(cascade, times=stage_times(tapped, cascade.rules, cascade.final, example))
+    cascade = timed(fitted(collected, tapped, rules))
     choices = _choices(cascade, settings, images, shaping)
-    kept = [i for i, choice in enumerate(choices) if choice.kept]
-    if 0 < len(kept) < len(choices):
+    kept_exits = [i for i, choice in enumerate(choices) if choice.kept]
+    if 0 < len(kept_exits) < len(choices):
         assert cascade.times is not None
-        times = cascade.times.without(kept)
-        collected = collected.at(tapped, kept)
-        tapped = cut([choices[i].name for i in kept], [tapped.descriptors[i].kind for i in kept], tapped.accumulate)
+        times = cascade.times.without(kept_exits)
+        collected = collected.at(tapped, kept_exits)
+        tapped = cut(
+            [choices[i].name for i in kept_exits], [tapped.descriptors[i].kind for i in kept_exits], tapped.accumulate
+        )
         cascade = replace(fitted(collected, tapped, rules_of(tapped)), times=times)
     skipped = collected.statistics.skipped
-    used_images = SeenImages(used).hashes
-    return cascade, Provenance(used_images, skipped, collected.n_fit, collected.n_clustered, tuple(choices))
+    hashes = SeenImages(used_images).hashes
+    used = Provenance(hashes, skipped, collected.n_fit, collected.n_clustered, tuple(choices), tuple(teaching))
+    return _priced(cascade), tuple(fronts), used
+
+
+def _priced(cascade: Cascade) -> Cascade:
+    """Where the multiply-adds of the encoder cannot be counted, as many as its measured time is worth by that of the
+    fronts."""
+    staged, times = cascade.tapped.staged, cascade.times
+    if sum(staged.macs) == 0 and times is not None:
+        fronts = [d for d in cascade.tapped.descriptors if isinstance(d, Front)]
+        rate = sum(front.macs for front in fronts) / times.exit_seconds[: len(fronts)].sum()
+        staged.macs = [round(rate * seconds) for seconds in times.stage_seconds]
+        staged.macs[-1] = max(1, staged.macs[-1])
+    return cascade
 
 
 def _choices(cascade: Cascade, settings: Settings, images: Read, shaping: np.ndarray) -> list[ExitChoice]:

@@ -13,6 +13,7 @@ from ssl_exit.cascade.run import Run
 from ssl_exit.cascade.times import now, stage_times
 from ssl_exit.data.images import Batch
 from ssl_exit.data.transfer import on_device
+from ssl_exit.encoders.opaque import features_of
 from ssl_exit.errors import InputError
 from ssl_exit.exits.final import FinalClasses
 from ssl_exit.measure.metrics import against_targets, agreement
@@ -55,6 +56,7 @@ class Evaluation:
         metrics: acc, nmi, ari of the early-exit labels and acc_full, nmi_full, ari_full of the full
             encoder's; empty without ground truth.
         exits: one row an exit, and the end.
+        teaching_seconds: spent on fronts in fit(); 0 without.
         result: what became of each image.
         full_labels: labels of the full encoder, (N,).
     """
@@ -70,8 +72,15 @@ class Evaluation:
     agreement_float32: float
     metrics: dict[str, float]
     exits: list[ExitShare]
+    teaching_seconds: float
     result: ExitResult
     full_labels: np.ndarray
+
+    @property
+    def break_even(self) -> float:
+        """Images after which the time that early exit saves has paid for teaching the fronts; inf if it saves none."""
+        saved = 1 / self.images_per_second_full - 1 / self.images_per_second
+        return self.teaching_seconds / saved if saved > 0 else float("inf")
 
     @property
     def verdict(self) -> str:
@@ -102,6 +111,8 @@ class Evaluation:
             "images_per_second_full": self.images_per_second_full,
             "agreement_float32": self.agreement_float32,
             **self.metrics,
+            "teaching_seconds": self.teaching_seconds,
+            "break_even": self.break_even if np.isfinite(self.break_even) else None,
             "exits": rows,
         }
 
@@ -138,7 +149,8 @@ def evaluate(
             seconds[name] += now(device) - start
         if exact is not None and len(batch.indices):
             with torch.inference_mode():
-                features = cascade.tapped.output(exact(batch.images.to(device)))
+                images = batch.images.to(device)
+                features = cascade.tapped.output(features_of(exact(images), images))
                 in_float32[batch.indices.numpy()] = cascade.final(features).cpu().numpy()
     results = {}
     for name, current in runs.items():
@@ -175,6 +187,7 @@ def evaluate(
         agreement_float32=1.0 if exact is None else agreement(in_float32[good], full[good]),
         metrics=metrics,
         exits=rows,
+        teaching_seconds=sum(one.seconds for one in model.provenance.teaching),
         result=result,
         full_labels=full,
     )

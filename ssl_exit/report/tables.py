@@ -49,7 +49,16 @@ def summary(evaluation: Evaluation) -> str:
             f"full encoder, float32    {evaluation.agreement_float32:.4f} of its labels are the same in float32"
         )
     lines.append(evaluation.verdict)
+    if evaluation.teaching_seconds:
+        lines.append(_paid(evaluation.teaching_seconds, evaluation.break_even))
     return "\n".join(lines)
+
+
+def _paid(seconds: float, images: float) -> str:
+    """After how many clustered images teaching has paid for itself."""
+    if images == float("inf"):
+        return f"teaching the front took {seconds:,.0f} s and saves no time here"
+    return f"teaching the front took {seconds:,.0f} s; it has paid for itself after {images:,.0f} clustered images"
 
 
 def evaluation_report(evaluation: Evaluation, certificate: Certificate) -> str:
@@ -67,10 +76,17 @@ def fit_summary(model: Model) -> str:
     kinds = ", ".join(sorted({descriptor.kind for descriptor in cascade.tapped.descriptors}))
     seen = "those before it too" if cascade.tapped.accumulate else "its own alone"
     used, directions = model.provenance, "directions of " * model.settings.clusters.spherical
+    taught = [f"{name}: {one}" for name, one in zip(cascade.exit_names, used.teaching, strict=False)]
+    if used.teaching and certificate.settings:
+        spent = sum(one.seconds for one in used.teaching)
+        full = (times.stages[-1].sum() + times.exits[-1, -1]) / times.sizes[-1]
+        saved = (1 - certificate.cost) * full
+        taught.append(_paid(spent, spent / saved if saved > 0 else float("inf")))
     return "\n".join(
         [
             text_table(("exit", "cost, multiply-adds", "cost, measured time"), rows),
             *map(str, used.choices),
+            *taught,
             f"descriptors: {kinds}; an exit sees {seen}",
             f"{model.settings.n_clusters} clusters of {directions}final features; k-means saw {used.n_sample} of "
             f"{used.n_fit} images",

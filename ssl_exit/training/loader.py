@@ -1,10 +1,8 @@
 """Training images: pixels held in memory where they fit, in full batches by position, in an order drawn per epoch."""
 
-import os
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,11 +10,10 @@ import torch
 from torch import Tensor
 
 from ssl_exit.data.images import Batch, DatasetImages, FolderImages, ImageSource, TensorImages, open_images
+from ssl_exit.data.kept import MEMORY_SHARE, memory
 from ssl_exit.data.preprocessing import Preprocessing
 from ssl_exit.data.reading import first_images
 from ssl_exit.errors import InputError
-
-MEMORY_SHARE = 0.25  # of the machine's memory that decoded images may take
 
 
 def open_training_images(
@@ -78,14 +75,6 @@ def decoded(source: DatasetImages) -> TensorImages:
         None if source.targets is None else source.targets[kept],
         pixels=True,
     )
-
-
-def memory() -> int:
-    """Bytes of memory this machine, or the container it is, has."""
-    limit = Path("/sys/fs/cgroup/memory.max")
-    allowed = limit.read_text().strip() if limit.is_file() else "max"
-    physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return physical if allowed == "max" else min(physical, int(allowed))
 
 
 def digits_images() -> TensorImages:

@@ -12,53 +12,41 @@ from lightly.models.utils import deactivate_requires_grad
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from ssl_exit.data.images import ImageSource
+from ssl_exit.data.images import ImageSource, open_images
 from ssl_exit.data.preprocessing import Preprocessing
 from ssl_exit.encoders.tapped import TappedEncoder
 from ssl_exit.errors import InputError
 from ssl_exit.settings import Optimization
+from ssl_exit.training.loader import open_training_images
 
 Module = TypeVar("Module", bound=nn.Module)
 MODAL = (F.dropout, F.dropout2d, F.alpha_dropout, F.feature_alpha_dropout, F.batch_norm)
 
 
-class ExitTraining(pl.LightningModule):
-    """Base of all ways to train an encoder and its exits, without labels.
+class Training(pl.LightningModule):
+    """Base of everything that is trained without labels.
 
-    A subclass defines `losses`. Batches come from an `EpochLoader`; views are computed where the encoder is,
+    A subclass defines `losses`. Batches come from an `EpochLoader`; views are computed where the network is,
     outside of autocast.
 
     Attributes:
-        tapped: the encoder and its exits; it is trained in place.
         views: a batch of images, (B, C, H, W), to a batch of random views of them.
-        preprocessing: whose mean and deviation standardise views; also the size of images that are decoded.
         optimization: how parameters are updated.
         n_views: drawn of every image.
         options: of the method, by name; a checkpoint is continued only where they are the same.
-
-    Raises:
-        InputError: an encoder that cannot be trained (see `check_trainable`).
     """
 
     n_views = 2
 
-    def __init__(
-        self,
-        tapped: TappedEncoder,
-        views: Callable[[Tensor], Tensor],
-        preprocessing: Preprocessing,
-        optimization: Optimization,
-    ) -> None:
+    def __init__(self, views: Callable[[Tensor], Tensor], optimization: Optimization) -> None:
         super().__init__()
-        check_trainable(tapped)
-        self.tapped = tapped
-        self.views, self.preprocessing, self.optimization = views, preprocessing, optimization
+        self.views, self.optimization = views, optimization
         self.options: dict[str, Any] = {}
 
     @property
     def stepped(self) -> list[TappedEncoder]:
-        """Encoders that every step runs."""
-        return [self.tapped]
+        """Encoders that every step runs, to be compiled."""
+        return []
 
     @abstractmethod
     def losses(self, target: Tensor, views: Sequence[Tensor]) -> dict[str, Tensor]:
@@ -66,25 +54,22 @@ class ExitTraining(pl.LightningModule):
 
         Args:
             target: positions of the images in the data, (B,) int64, or what `on_before_batch_transfer` put there.
-            views: standardised, (B, C, H, W) each.
+            views: as the network takes them, (B, C, H, W) each.
         """
+
+    def open(self, data: Any, num_workers: int, processes: int) -> ImageSource:
+        """Images to train on, for so many processes."""
+        return open_images(data, None, num_workers)
+
+    def check(self, images: Tensor) -> None:
+        """Raise InputError if images, (N, C, H, W), are none that can be trained on."""
 
     def attach(self, source: ImageSource, positions: np.ndarray, seed: int) -> None:
         """Called once before training, with all images, the positions of those to train on, and a seed."""
 
     def prepared(self, images: Tensor) -> Tensor:
-        """Images or views in [0, 1] (or uint8) as the encoder takes them."""
-        x = images.to(torch.float32, memory_format=torch.channels_last, copy=True)
-        return self.preprocessing.normalize(x.div_(255) if images.dtype == torch.uint8 else x)
-
-    def features(self, pixels: Tensor) -> Tensor:
-        """Final features of images, without gradients and in eval mode: (B, C, H, W) -> (B, F) float32."""
-        was = self.tapped.training
-        self.tapped.eval()
-        with torch.no_grad():  # the class's own method: an instance may be compiled for batches of one shape
-            features = TappedEncoder.final_features(self.tapped, self.prepared(pixels))
-        self.tapped.train(was)
-        return features.float()
+        """Images or views as the network takes them."""
+        return images.to(torch.float32, memory_format=torch.channels_last)
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> tuple[Tensor, list[Tensor]]:
         target, pixels = batch
@@ -112,6 +97,63 @@ class ExitTraining(pl.LightningModule):
                 optimizer, how.learning_rate, total_steps=steps, cycle_momentum=False
             )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+class ExitTraining(Training):
+    """Base of all ways to train an encoder and its exits.
+
+    Attributes:
+        tapped: the encoder and its exits; it is trained in place.
+        preprocessing: whose mean and deviation standardise views; also the size of images that are decoded.
+
+    Raises:
+        InputError: an encoder that cannot be trained (see `check_trainable`).
+    """
+
+    def __init__(
+        self,
+        tapped: TappedEncoder,
+        views: Callable[[Tensor], Tensor],
+        preprocessing: Preprocessing,
+        optimization: Optimization,
+    ) -> None:
+        super().__init__(views, optimization)
+        check_trainable(tapped)
+        self.tapped, self.preprocessing = tapped, preprocessing
+
+    @property
+    def stepped(self) -> list[TappedEncoder]:
+        return [self.tapped]
+
+    def open(self, data: Any, num_workers: int, processes: int) -> ImageSource:
+        return open_training_images(data, self.preprocessing, num_workers, processes)
+
+    def check(self, images: Tensor) -> None:
+        """Raise InputError if images are not pixels, or have another number of channels than mean and std."""
+        if images.is_floating_point() and not 0 <= images.min().item() <= images.max().item() <= 1:
+            raise InputError(
+                "floating-point training images must lie in [0, 1]: views are drawn before they are standardised"
+            )
+        channels = images.shape[1]
+        if channels != len(self.preprocessing.mean):
+            raise InputError(
+                f"the images have {channels} channels and mean and std {len(self.preprocessing.mean)}: set one entry "
+                "for each channel"
+            )
+
+    def prepared(self, images: Tensor) -> Tensor:
+        """Images or views in [0, 1] (or uint8) as the encoder takes them."""
+        x = images.to(torch.float32, memory_format=torch.channels_last, copy=True)
+        return self.preprocessing.normalize(x.div_(255) if images.dtype == torch.uint8 else x)
+
+    def features(self, pixels: Tensor) -> Tensor:
+        """Final features of images, without gradients and in eval mode: (B, C, H, W) -> (B, F) float32."""
+        was = self.tapped.training
+        self.tapped.eval()
+        with torch.no_grad():  # the class's own method: an instance may be compiled for batches of one shape
+            features = TappedEncoder.final_features(self.tapped, self.prepared(pixels))
+        self.tapped.train(was)
+        return features.float()
 
 
 def check_trainable(tapped: TappedEncoder) -> None:

@@ -23,15 +23,15 @@ from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
-from ssl_exit.data.images import ImageData, ImageSource
+from ssl_exit.data.images import ImageData
 from ssl_exit.data.reading import first_images
 from ssl_exit.encoders.compiling import compiled
 from ssl_exit.encoders.inference import usable_device
 from ssl_exit.errors import InputError
 from ssl_exit.files import atomic_file
 from ssl_exit.settings import TrainingRun
-from ssl_exit.training.loader import EpochLoader, open_training_images
-from ssl_exit.training.module import ExitTraining
+from ssl_exit.training.loader import EpochLoader
+from ssl_exit.training.module import ExitTraining, Training
 from ssl_exit.training.monitor import NeighbourMonitor
 
 CHECKPOINTS, LOGS = "checkpoints", "logs"
@@ -41,16 +41,17 @@ CHECKED = 20  # steps between looks at the loss: each look waits for the device
 
 
 def train(
-    module: ExitTraining,
+    module: Training,
     data: ImageData,
     *,
+    positions: np.ndarray | None = None,
     out: Path | None = None,
     resume: bool = False,
     settings: dict[str, Any] | None = None,
     progress: bool = True,
     **options: Any,
 ) -> None:
-    """Train an encoder in place; it is left in eval mode, on the CPU.
+    """Train a network in place; it is left in eval mode, on the CPU.
 
     After every epoch a checkpoint is written, complete or not at all; the last two are kept. Order, views and dropout
     of an epoch depend on (seed, epoch) alone, so a resumed run continues as the uninterrupted one would have.
@@ -59,6 +60,7 @@ def train(
         module: what is trained, and how.
         data: images, uint8 or float in [0, 1] (see `open_training_images`). Classes, if there are any, serve the
             monitor only.
+        positions: of the images to train on, (n,) int; None: all.
         out: folder for checkpoints and logs; None writes nothing.
         resume: continue from the newest checkpoint in `out`.
         settings: saved with each checkpoint and compared when resuming, beside those of `module` and these arguments.
@@ -74,13 +76,18 @@ def train(
         raise InputError("resume needs a folder with checkpoints: set out")
     kind = _checked_devices(how)
     newest = newest_checkpoint(out, resume) if out else None
-    source = open_training_images(data, module.preprocessing, how.num_workers, how.devices)
-    order = np.random.default_rng(how.seed).permutation(len(source))
+    source = module.open(data, how.num_workers, how.devices)
+    every = np.arange(len(source)) if positions is None else positions
+    order = np.random.default_rng(how.seed).permutation(every)
     held = order[: round(how.monitor_share * len(order)) if source.targets is not None else 0]
     positions = np.sort(order[len(held) :])
-    _check_images(source, positions, module, how.batch_size)
+    if len(positions) < how.batch_size:
+        raise InputError(
+            f"{len(positions)} images do not fill one batch of {how.batch_size}; lower batch_size or use more images"
+        )
+    module.check(first_images(source, positions, how.batch_size).images)
     compared = {name: getattr(how, name) for name in ("seed", "batch_size", "epochs", "monitor_share")}
-    settings = (settings or {}) | compared | {"images": len(source)} | _settings_of(module)
+    settings = (settings or {}) | compared | {"images": len(every)} | _settings_of(module)
     if newest is not None:
         check_settings(newest, settings)
     first = 0 if newest is None else epoch_of(newest) + 1
@@ -122,7 +129,7 @@ def train(
 
 
 @contextmanager
-def _stopping(trainer: pl.Trainer, module: ExitTraining, out: Path | None) -> Iterator[None]:
+def _stopping(trainer: pl.Trainer, module: Training, out: Path | None) -> Iterator[None]:
     """A full disk is an InputError, an interrupt a KeyboardInterrupt; the module ends on the CPU in eval mode."""
     before = signal.getsignal(signal.SIGINT)
     try:
@@ -141,25 +148,6 @@ def _stopping(trainer: pl.Trainer, module: ExitTraining, out: Path | None) -> It
         module.eval()
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, before)
-
-
-def _check_images(source: ImageSource, positions: np.ndarray, module: ExitTraining, batch_size: int) -> None:
-    """Refuse fewer images than a batch, and images of another number of channels."""
-    if len(positions) < batch_size:
-        raise InputError(
-            f"{len(positions)} images do not fill one batch of {batch_size}; lower batch_size or use more images"
-        )
-    first = first_images(source, positions, batch_size).images
-    if first.is_floating_point() and not 0 <= first.min().item() <= first.max().item() <= 1:
-        raise InputError(
-            "floating-point training images must lie in [0, 1]: views are drawn before they are standardised"
-        )
-    channels = first.shape[1]
-    if channels != len(module.preprocessing.mean):
-        raise InputError(
-            f"the images have {channels} channels and mean and std {len(module.preprocessing.mean)}: set one entry for "
-            "each channel"
-        )
 
 
 def _checked_devices(how: TrainingRun) -> str:
@@ -187,14 +175,15 @@ def _checkpoints(out: Path) -> ModelCheckpoint:
     )
 
 
-def _settings_of(module: ExitTraining) -> dict[str, Any]:
+def _settings_of(module: Training) -> dict[str, Any]:
     """How a module trains: its class, options and the like, as JSON has them; views only where it can."""
     settings: dict[str, Any] = {
         "module": type(module).__name__,
         "module options": module.options,
         "module optimization": asdict(module.optimization),
-        "module preprocessing": module.preprocessing.to_dict(),
     }
+    if isinstance(module, ExitTraining):
+        settings["module preprocessing"] = module.preprocessing.to_dict()
     with suppress(TypeError, AttributeError):
         settings["module views"] = _as_json(asdict(module.views))  # type: ignore[call-overload]
     return _as_json(settings)

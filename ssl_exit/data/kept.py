@@ -1,0 +1,48 @@
+"""Images kept in memory between passes, where they take no more than a share of it."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from ssl_exit.data.images import Batch, ImageSource, TensorImages
+
+MEMORY_SHARE = 0.25  # of the machine's memory that images may take
+
+
+class Kept:
+    """Images as fronts see them, in memory and in half precision, where that takes less than a quarter of it.
+
+    Args:
+        source: of the images.
+        image_shape: (C, H, W).
+        side: pixels a side that fronts see at most.
+    """
+
+    def __init__(self, source: ImageSource, image_shape: Sequence[int], side: int) -> None:
+        self.source, channels = source, image_shape[0]
+        self.factor = -(-max(image_shape[1:]) // side)
+        height, width = (-(-pixels // self.factor) for pixels in image_shape[1:])
+        fits = 2 * len(source) * channels * height * width <= MEMORY_SHARE * memory()
+        shape = (len(source), channels, height, width)
+        self.images = torch.empty(shape, dtype=torch.float16) if fits else None
+
+    def add(self, batch: Batch) -> None:
+        if self.images is not None and len(batch.indices):
+            x = batch.images.cpu()
+            reduced = F.avg_pool2d(x, self.factor, ceil_mode=True) if self.factor > 1 else x
+            self.images[batch.indices] = reduced.clamp(-65504, 65504).half()
+
+    def open(self) -> ImageSource:
+        """The images in memory, or the source itself, which decodes them in every pass."""
+        return self.source if self.images is None else TensorImages(self.images)
+
+
+def memory() -> int:
+    """Bytes of memory this machine, or the container it is, has."""
+    limit = Path("/sys/fs/cgroup/memory.max")
+    allowed = limit.read_text().strip() if limit.is_file() else "max"
+    physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return physical if allowed == "max" else min(physical, int(allowed))

@@ -1,0 +1,291 @@
+r"""Teaching a front the final clusters of an encoder, without labels.
+
+With q(x) the soft assignment of the full encoder (`Final.soft`), f the front, W and b its head, and s = sharpness, what
+is minimised over f, W and b is
+
+    H(q(x)^s / sum_k q_k(x)^s, softmax(W f(x') + b)),        x' a view of x: shifted, and mirrored half of the time
+
+with H the cross-entropy. Of a mirrored view the encoder's own answer on the mirrored image is taught. Sharpening says
+less of which clusters lie near and more of which one it is: what counts in a cascade is to be sure of many images, not
+to tell how unsure the others are (knowledge distillation: Hinton et al., arXiv 1503.02531).
+
+The learning rate rises, stays, and falls to 0 over the last part of the budget. While it stays, the saving of the
+averaged weights on held-out images is looked at after every epoch; once it no longer grows, the fall begins (warm-up,
+stable, decay: Hu et al., MiniCPM, arXiv 2404.06395).
+"""
+
+import copy
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from ssl_exit.data.images import ImageSource
+from ssl_exit.encoders.front import Front
+from ssl_exit.exits.front import FrontRule
+from ssl_exit.settings import Front as FrontSettings
+from ssl_exit.settings import Optimization
+from ssl_exit.training.module import Training, frozen_copy
+from ssl_exit.training.run import checkpoints_in, seeded, train
+
+BATCH, LEAST_BATCH, STEPS = 256, 32, 20  # images a step: fewer where an epoch would have less than 20 steps
+WARM, STABLE = 0.1, 0.6  # of the budget: where the learning rate has risen, and where it begins to fall
+SHIFT = 8  # a view is shifted by up to one in so many pixels to every side
+HELD, MOST_HELD = 0.05, 4000  # images kept out to be looked at: a share, and at most so many
+AVERAGED = 0.99  # decay of averaged weights
+
+
+@dataclass(frozen=True)
+class Taught:
+    """A front, its head, and how teaching went.
+
+    Attributes:
+        front: in eval mode, on the CPU.
+        rule: its head.
+        seconds: of teaching.
+        epochs: passes over the images.
+        agreement: of its label with the full encoder's, on images kept out of teaching; NaN without any.
+        saving: share of those images that it could answer at the disagreement asked for; NaN without any.
+    """
+
+    front: Front
+    rule: FrontRule
+    seconds: float
+    epochs: int
+    agreement: float
+    saving: float
+
+
+class FrontTraining(Training):
+    """Teaches one front (see above).
+
+    Args:
+        front: trained in place.
+        before: fronts that stand before it; its head sees their features too.
+        targets: sharpened soft assignments of all images and of the same mirrored, (N, 1 or 2, K).
+        labels: of the full encoder, (N,) int64.
+        held: positions of images to look at, (h,).
+        max_disagreement: at which the saving is measured.
+        how: epochs, seconds, patience and learning rate.
+    """
+
+    n_views = 1
+    clock: Tensor
+    best: Tensor
+
+    def __init__(
+        self,
+        front: Front,
+        before: Sequence[Front],
+        targets: Tensor,
+        labels: Tensor,
+        held: np.ndarray,
+        max_disagreement: float,
+        how: FrontSettings,
+    ) -> None:
+        super().__init__(shifted, Optimization("sgd", how.learning_rate))
+        self.front, self.before = front, nn.ModuleList(frozen_copy(one) for one in before)
+        self.head = nn.Linear(sum(one.dim for one in before) + front.dim, targets.shape[2])
+        own = nn.ModuleList([self.front, self.head])
+        self.averaged = AveragedModel(own, multi_avg_fn=get_ema_multi_avg_fn(AVERAGED), use_buffers=True)
+        self.averaged.requires_grad_(False)
+        self.targets, self.labels, self.held = targets, labels, held
+        self.max_disagreement, self.how = max_disagreement, how
+        named = asdict(replace(how, network=None))
+        self.options = {k: v for k, v in named.items() if k not in ("folder", "kind", "network")}
+        self.register_buffer("clock", torch.tensor([0.0, 0.0, 1.0], dtype=torch.float64))  # steps, seconds, end
+        self.register_buffer("best", torch.tensor([-1.0, 0.0], dtype=torch.float64))  # saving, looks since it grew
+        self.began = time.perf_counter()
+
+    def attach(self, source: ImageSource, positions: np.ndarray, seed: int) -> None:
+        self.source = source
+
+    def configure_optimizers(self) -> Any:
+        parameters = [*self.front.parameters(), *self.head.parameters()]
+        return torch.optim.SGD(parameters, self.how.learning_rate, momentum=0.9, nesterov=True, weight_decay=5e-4)
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> tuple[Tensor, Tensor]:
+        """Targets, (B, 1 or 2, K), take the place of positions."""
+        positions, images = batch
+        return self.targets[positions], images
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> tuple[Tensor, list[Tensor]]:
+        targets, images = batch
+        mirror = torch.rand(len(images), device=images.device) < (targets.shape[1] - 1) / 2
+        target = targets[torch.arange(len(images), device=images.device), mirror.long()].float()
+        return target, [self.prepared(shifted(images, mirror))]
+
+    def losses(self, target: Tensor, views: Sequence[Tensor]) -> dict[str, Tensor]:
+        logits = self._logits(self.front, self.head, views[0])
+        with torch.autocast(self.device.type, enabled=False):
+            return {"loss": F.cross_entropy(logits.float(), target)}
+
+    def _logits(self, front: nn.Module, head: nn.Module, images: Tensor) -> Tensor:
+        with torch.no_grad():
+            seen = [one.eval()(images) for one in self.before]
+        return head(torch.cat([*seen, front(images)], dim=1))
+
+    @property
+    def progress(self) -> float:
+        """Share of the budget that is spent, in [0, 1]; 1 ends."""
+        steps, seconds, end = self.clock.tolist()
+        spent = steps / max(1, float(self.trainer.estimated_stepping_batches))
+        if self.how.seconds is not None:
+            spent = max(spent, seconds / self.how.seconds)
+        return spent / end
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self.began = time.perf_counter()
+        p = self.progress
+        rate = min(1.0, (p + 1e-3) / WARM) if p < STABLE else max(0.0, (1 - p) / (1 - STABLE))
+        size = len(batch[1][0])
+        for group in self.trainer.optimizers[0].param_groups:
+            group["lr"] = self.how.learning_rate * rate * size / BATCH
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.averaged.update_parameters(nn.ModuleList([self.front, self.head]))
+        seconds = time.perf_counter() - self.began
+        self.clock += torch.tensor([1.0, seconds, 0.0], device=self.clock.device)
+        self.log("images_per_second", len(batch[1][0]) / seconds, prog_bar=True, batch_size=1)
+        if self.progress >= 1:
+            self.trainer.should_stop = True
+
+    def on_train_epoch_end(self) -> None:
+        if len(self.held) == 0:
+            return
+        agreement, saving = self.look(*self.averaged.module.children())
+        self.log("held_out_agreement", agreement, prog_bar=True)
+        self.log("held_out_saving", saving, prog_bar=True)
+        if self.how.patience == 0 or not WARM <= self.progress < STABLE:
+            return
+        if saving > self.best[0]:
+            self.best.copy_(torch.tensor([saving, 0.0]))
+            return
+        self.best[1] += 1
+        if self.best[1] >= self.how.patience:
+            self.clock[2] *= self.progress / STABLE  # the fall begins here
+
+    @torch.no_grad()
+    def look(self, front: nn.Module, head: nn.Module) -> tuple[float, float]:
+        """Agreement, and the share answered at the disagreement asked for, on the images kept out."""
+        was = front.training
+        front.eval()
+        scores, agrees = [], []
+        for batch in self.source.batches(self.held, 512):
+            if len(batch.indices):
+                z = self._logits(front, head, self.prepared(batch.images.to(self.device))).float()
+                score, label = z.softmax(1).max(1)
+                scores.append(score.cpu())
+                agrees.append(label.cpu() == self.labels[batch.indices])
+        front.train(was)
+        return answered(torch.cat(scores), torch.cat(agrees), self.max_disagreement) if scores else (np.nan, np.nan)
+
+
+def answered(scores: Tensor, agrees: Tensor, max_disagreement: float) -> tuple[float, float]:
+    """Agreement of all, and the largest share of the surest whose disagreements are at most so many of all: (n,) each.
+
+    Equal scores are answered together.
+    """
+    order = scores.argsort(descending=True)
+    wrong = (~agrees[order]).cumsum(0)
+    ranked = scores[order]
+    last_of_equals = torch.cat([ranked[1:] < ranked[:-1], torch.ones(1, dtype=torch.bool)])
+    fits = (last_of_equals & (wrong <= max_disagreement * len(scores))).nonzero()[:, 0]
+    share = (int(fits[-1]) + 1) / len(scores) if len(fits) else 0.0
+    return float(agrees.float().mean()), share
+
+
+def shifted(images: Tensor, mirror: Tensor | None = None) -> Tensor:
+    """Every image shifted by up to an eighth of its sides, edges reflected; some mirrored: (N, C, H, W) -> the same.
+
+    Args:
+        images: of any range.
+        mirror: which ones to exchange left and right in, (N,) bool.
+    """
+    n, _, height, width = images.shape
+    down, right = height // SHIFT, width // SHIFT
+    padded = F.pad(images, (right, right, down, down), mode="reflect") if min(height, width) > 1 else images
+    rows = torch.randint(2 * down + 1, (n, 1)) + torch.arange(height)
+    columns = torch.randint(2 * right + 1, (n, 1)) + torch.arange(width)
+    rows, columns = rows.to(images.device), columns.to(images.device)
+    if mirror is not None:
+        columns = torch.where(mirror[:, None], columns.flip(1), columns)
+    each = torch.arange(n, device=images.device)[:, None, None]
+    return padded[each, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+def sharpened(soft: Tensor, power: float) -> Tensor:
+    """q^s / sum_k q_k^s, rows of sum 1: (..., K) -> the same."""
+    return torch.softmax(power * soft.clamp(min=1e-30).log(), dim=-1)
+
+
+def teach(
+    front: Front,
+    before: Sequence[Front],
+    source: ImageSource,
+    positions: np.ndarray,
+    targets: Tensor,
+    labels: Tensor,
+    how: FrontSettings,
+    *,
+    max_disagreement: float,
+    seed: int = 0,
+    device: str = "auto",
+    folder: Path | None = None,
+    progress: bool = False,
+) -> Taught:
+    """Teach a front the final clusters.
+
+    Args:
+        front: left unchanged.
+        before: taught fronts that stand before it; its head sees their features too.
+        source: images as the encoder takes them; they may be averaged down to what the front sees.
+        positions: of the images to teach, (n,).
+        targets: sharpened soft assignments of the images and of the same mirrored, (N, 1 or 2, K).
+        labels: of the full encoder, (N,) int64.
+        how: epochs, seconds, patience, learning rate.
+        max_disagreement: at which the saving is measured.
+        seed: of weights, order and views.
+        device: auto, cpu or cuda.
+        folder: for checkpoints; teaching goes on from the last one there.
+        progress: show a bar on a terminal: images per second, agreement and saving on images kept out.
+
+    Raises:
+        InputError: fewer than 32 images, checkpoints of other settings, or a loss that is not finite.
+    """
+    order = np.random.default_rng(seed).permutation(positions)
+    held, taught = np.split(order, [min(round(HELD * len(order)), MOST_HELD)])
+    with seeded(seed):
+        training = FrontTraining(copy.deepcopy(front), before, targets, labels, held, max_disagreement, how)
+    batch = max(LEAST_BATCH, min(BATCH, len(taught) // STEPS))
+    begun = time.perf_counter()
+    train(
+        training,
+        source,
+        positions=taught,
+        out=folder,
+        resume=bool(folder and checkpoints_in(folder)),
+        progress=progress,
+        epochs=how.epochs,
+        batch_size=batch,
+        monitor_share=0.0,
+        device=device,
+        seed=seed,
+        logger="none" if folder is None else "csv",
+    )
+    steps, spent, _ = training.clock.tolist()
+    agreement, saving = training.look(training.front, training.head) if len(held) else (np.nan, np.nan)
+    rule = FrontRule(training.head.in_features, training.head.out_features)
+    rule.weight.copy_(training.head.weight.detach())
+    rule.bias.copy_(training.head.bias.detach())
+    seconds = max(spent, time.perf_counter() - begun)
+    training.front.requires_grad_(False)
+    epochs = round(steps / max(1, len(taught) // batch))
+    return Taught(training.front.eval(), rule, seconds, epochs, agreement, saving)

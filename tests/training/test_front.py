@@ -1,0 +1,159 @@
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from ssl_exit.data.images import TensorImages
+from ssl_exit.encoders.front import Front, FrontNetwork
+from ssl_exit.errors import InputError
+from ssl_exit.settings import Front as FrontSettings
+from ssl_exit.training.front import FrontTraining, answered, sharpened, shifted, teach
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.booleans()), min_size=1, max_size=30), st.sampled_from([0, 0.1, 0.5]))
+def test_answered_is_the_largest_share_that_keeps_the_disagreement(images, eps):
+    scores = torch.tensor([score / 5 for score, _ in images])
+    agrees = torch.tensor([agree for _, agree in images])
+    shares = [0.0]
+    for threshold in scores.unique():
+        leaves = scores >= threshold
+        if int((leaves & ~agrees).sum()) <= eps * len(images):
+            shares.append(float(leaves.float().mean()))
+    agreement, share = answered(scores, agrees, eps)
+    assert agreement == pytest.approx(float(agrees.float().mean()))
+    assert share == pytest.approx(max(shares))
+
+
+def test_views_are_shifts_of_the_image_or_of_its_mirror_image():
+    torch.manual_seed(0)
+    images = torch.rand(20, 2, 16, 24)
+    mirror = torch.arange(20) % 2 == 0
+    views = shifted(images, mirror)
+    down, right = 2, 3
+    padded = F.pad(images, (right, right, down, down), mode="reflect")
+    for view, image, flip in zip(views, padded, mirror, strict=True):
+        every = [image[:, i : i + 16, j : j + 24] for i in range(2 * down + 1) for j in range(2 * right + 1)]
+        assert sum(torch.equal(view, one.flip(-1) if flip else one) for one in every) == 1
+    assert not torch.equal(shifted(images), shifted(images))
+
+
+def test_sharpened_assignments():
+    soft = torch.tensor([[0.6, 0.3, 0.1], [1.0, 0.0, 0.0]])
+    expected = soft.pow(2) / soft.pow(2).sum(1, keepdim=True)
+    assert torch.allclose(sharpened(soft, 2.0), expected)
+    assert torch.equal(sharpened(soft, 8.0).argmax(1), soft.argmax(1))
+
+
+@pytest.fixture(scope="module")
+def lesson(digits):
+    """Images, and clusters that can be told from pixels: upper or lower, left or right half brighter."""
+    images = digits[:600]
+    up, left = images[:, 0, :4].sum((1, 2)), images[:, 0, :, :4].sum((1, 2))
+    total = images.sum((1, 2, 3))
+    labels = (up * 2 > total).long() * 2 + (left * 2 > total).long()
+    mirrored = (up * 2 > total).long() * 2 + (left * 2 < total).long()
+    return TensorImages(images), labels, F.one_hot(torch.stack([labels, mirrored], 1), 4).half()
+
+
+def taught(lesson, folder=None, before=(), **how):
+    source, labels, targets = lesson
+    torch.manual_seed(0)
+    front = Front(FrontNetwork(1, 8), (1, 8, 8), 8)
+    settings = FrontSettings("auto", **{"epochs": 6, "patience": 0} | how)
+    order = np.arange(len(source))
+    return teach(front, before, source, order, targets, labels, settings, max_disagreement=0.05, folder=folder)
+
+
+def same(a, b):
+    parts = [(a.front, b.front), (a.rule, b.rule)]
+    return all(torch.equal(v, y.state_dict()[k]) for x, y in parts for k, v in x.state_dict().items())
+
+
+@torch.no_grad()
+def logits(one, images):
+    return one.rule.logits(one.front(images))
+
+
+def test_a_front_learns_what_it_is_taught(lesson):
+    one, (source, labels, _) = taught(lesson, epochs=15), lesson
+    agreement = float((logits(one, source.images).argmax(1) == labels).float().mean())
+    mirrored = float((logits(one, source.images.flip(-1)).argmax(1) == lesson[2][:, 1].argmax(1)).float().mean())
+    most = float(labels.bincount().max() / len(labels))
+    assert agreement > most + 0.2
+    assert mirrored > most + 0.2  # of mirrored images it is taught something else
+    assert 0.5 < one.agreement <= 1
+    assert 0 <= one.saving <= 1
+    assert one.epochs == 15
+    assert not one.front.training
+    assert not any(p.requires_grad for p in one.front.parameters())
+
+
+def test_teaching_depends_on_the_seed_alone(lesson):
+    before = torch.get_rng_state()
+    first = taught(lesson)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.rand(7)
+    assert same(first, taught(lesson))
+
+
+class Stop(Exception):
+    pass
+
+
+def test_an_interrupted_teaching_goes_on_from_its_last_epoch(lesson, tmp_path, monkeypatch):
+    expected = taught(lesson)
+    calls, step = [], FrontTraining.losses
+
+    def interrupted(self, *args):
+        calls.append(1)
+        if len(calls) > 70:
+            raise Stop
+        return step(self, *args)
+
+    monkeypatch.setattr(FrontTraining, "losses", interrupted)
+    with pytest.raises(Stop):
+        taught(lesson, tmp_path)
+    monkeypatch.setattr(FrontTraining, "losses", step)
+    resumed = taught(lesson, tmp_path)
+    assert same(resumed, expected)
+    assert resumed.epochs == expected.epochs
+    with pytest.raises(InputError, match="written with other settings"):
+        taught(lesson, tmp_path, learning_rate=0.1)
+
+
+def test_teaching_stops_early_where_nothing_is_gained_any_more(lesson):
+    assert taught(lesson, epochs=40, patience=2).epochs < 30
+
+
+def test_a_budget_of_seconds_ends_teaching(lesson):
+    one = taught(lesson, epochs=1000, seconds=1.0)
+    assert 0 < one.epochs < 1000
+
+
+def test_a_later_front_builds_on_those_before_it(lesson):
+    first = taught(lesson)
+    second = taught(lesson, before=[first.front], epochs=2)
+    assert second.rule.dim == first.front.dim + second.front.dim
+    assert torch.any(second.rule.weight[:, : first.front.dim] != 0)
+
+
+def test_too_few_images_are_refused(lesson):
+    source, labels, targets = lesson
+    front = Front(FrontNetwork(1, 8), (1, 8, 8), 8)
+    with pytest.raises(InputError, match="do not fill one batch of 32"):
+        teach(front, [], source, np.arange(20), targets, labels, FrontSettings("auto"), max_disagreement=0.05)
+
+
+def test_a_module_of_the_users_is_taught_and_left_unchanged(lesson):
+    source, labels, targets = lesson
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU())
+    before = {k: v.clone() for k, v in network.state_dict().items()}
+    how = FrontSettings("module", network=network, epochs=5, learning_rate=0.1)
+    one = teach(Front(network, (1, 8, 8), 8), [], source, np.arange(600), targets, labels, how, max_disagreement=0.05)
+    agreement = float((logits(one, source.images).argmax(1) == labels).float().mean())
+    assert agreement > float(labels.bincount().max() / len(labels)) + 0.1
+    assert all(torch.equal(before[k], v) for k, v in network.state_dict().items())
