@@ -149,10 +149,10 @@ class Front(Group):
         side: pixels a side that the front sees at most; larger images are averaged down by a whole factor.
         epochs: passes over the images, at most.
         seconds: of teaching, at most, for all fronts together.
-        patience: epochs without a growing saving on images kept out, after which the learning rate begins to fall; 0
-            never stops early.
+        patience: epochs without a growing saving on images kept out after which teaching comes to its end; 0 never stops
+            early.
         sharpness: power of the soft assignments that are taught; the larger, the surer.
-        mirror: teach mirrored images too, with what the encoder says of them; turn it off for writing.
+        mirror: an image and its mirror image mean the same; turn it off for writing.
         learning_rate: its peak, for batches of 256 images.
         folder: for checkpoints; a fit that was interrupted goes on from the last one.
         network: a torch.nn.Module of your own, images to features, (N, D); it is copied, never changed.

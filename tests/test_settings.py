@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from sklearn.base import clone
 from sklearn.model_selection import ParameterGrid
 
-from ssl_exit import Calibration, Clusters, ExitClusterer, Exits, Rule, Runtime
+from ssl_exit import Calibration, Clusters, ExitClusterer, Exits, Front, Rule, Runtime
 from ssl_exit.errors import InputError
 from ssl_exit.settings import GROUPS, Settings, help_texts, options_of
 
@@ -46,13 +46,13 @@ def test_the_constructor_takes_the_names_and_defaults_of_the_settings():
     assert len(signature.parameters) <= 14
     defaults = {f.name: getattr(Settings(), f.name) for f in fields(Settings)}
     own = {name: p.default for name, p in signature.parameters.items() if name not in ("encoder", "preprocessing")}
-    assert own == defaults
+    assert own | {"front": Front.of(own["front"])} == defaults
 
 
 def test_every_option_has_a_name_of_its_own_and_a_line_of_help():
     options = options_of(Settings)
     flags = [option.flag for option in options]
-    assert len(set(flags)) == len(flags) == 27
+    assert len(set(flags)) == len(flags) == 40
     assert all(len(option.help) > 10 for option in options)
     assert set(help_texts(Settings)) == {f.name for f in fields(Settings)}
 

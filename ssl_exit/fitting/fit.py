@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 from torch import Tensor, nn
@@ -21,16 +21,15 @@ from ssl_exit.encoders.tapped import TappedEncoder
 from ssl_exit.errors import InputError
 from ssl_exit.exits.across import AcrossExits
 from ssl_exit.exits.certificate import SettingCounts, certify
-from ssl_exit.exits.front import FrontRule
 from ssl_exit.exits.registry import build_rules, rule_classes
 from ssl_exit.exits.rules import ExitRule
 from ssl_exit.exits.thresholds import Recorded
 from ssl_exit.fitting.calibrate import Read, calibrate, reader, split_held_out, work
 from ssl_exit.fitting.count import Collected, collect
-from ssl_exit.fitting.front import Assigned, assign, sized_fronts, taught_fronts
+from ssl_exit.fitting.front import TaughtFronts, teach_fronts
 from ssl_exit.fitting.place import choose
 from ssl_exit.fitting.record import fit_temperatures, record_logits
-from ssl_exit.model import ExitChoice, Model, Provenance, Teaching
+from ssl_exit.model import ExitChoice, Model, Provenance
 from ssl_exit.settings import Settings
 
 
@@ -63,14 +62,26 @@ def fit(
 
     images = reader(source, settings, shape)
     parts = split_held_out(held, logits_per_image(settings))
-    cascade, fronts, provenance = _build(encoder, source, settings, example, images, fitted, parts[0], classes)
+    cut = _Cutter(encoder, example, settings)
+    taught = TaughtFronts()
+    if settings.front.kind != "none":
+        bare = cut([], settings.exits.descriptor)
+        kept = Kept(source, shape, settings.front.side)
+        taught = teach_fronts(bare, images(fitted, "fit"), kept, example, settings, classes)
+    points = settings.exits.points
+    if points == "auto" and taught.fronts:
+        points = []  # they would add work and save nothing (docs/front.md)
+    if len(points):
+        cascade, provenance = _with_exits(cut, points, images, fitted, parts[0], taught, classes)
+    else:
+        cascade, provenance = _fronts_alone(cut, taught)
     settings = replace(settings, front=replace(settings.front, network=None))  # it is among the model's fronts
     path = cascade.thresholds[None]
     nothing = SettingCounts.count(path, Recorded.empty(len(cascade.rules)))
     _, certificate = certify(path, nothing, cascade.costs, settings.max_disagreement, settings.confidence)
     model = Model(
         encoder, spec, cascade, settings, preprocessing, shape, certificate, path, np.full(1, np.nan), provenance,
-        module_hash(encoder), fronts,
+        module_hash(encoder), taught.fronts,
     )  # fmt: skip
     model = calibrate(model, images, parts, settings)
     used = model.provenance
@@ -97,69 +108,92 @@ def logits_per_image(settings: Settings) -> int:
     return exits * len(rule_classes(settings.rule.name)) * (settings.n_clusters + 1)
 
 
-def _build(
-    encoder: nn.Module,
-    source: ImageSource,
-    settings: Settings,
-    example: Tensor,
+@dataclass(frozen=True)
+class _Cutter:
+    """Cuts the encoder into stages, with descriptors, on the device in use."""
+
+    encoder: nn.Module
+    example: Tensor
+    settings: Settings
+
+    def __call__(
+        self,
+        points: str | Sequence[str],
+        descriptor: str | Sequence[str],
+        accumulate: bool = True,
+        fronts: Sequence[Front] = (),
+    ) -> TappedEncoder:
+        tapped = TappedEncoder.build(
+            self.encoder,
+            points,
+            self.example,
+            descriptor=descriptor,
+            accumulate=accumulate,
+            normalize=self.settings.exits.normalize,
+            fronts=fronts,
+        )
+        if self.settings.exits.patience > len(tapped.seen) > 0:
+            raise InputError(
+                f"patience {self.settings.exits.patience} lets nothing leave at {len(tapped.seen)} exits; lower it or "
+                "name more exits"
+            )
+        ready = tapped.for_inference(self.settings.runtime.precision, self.example.shape[1:])
+        return ready.to(usable_device(self.settings.device))
+
+    @property
+    def across(self) -> AcrossExits:
+        return AcrossExits(self.settings.exits.patience, self.settings.exits.ensemble)
+
+    def timed(self, cascade: Cascade) -> Cascade:
+        """With measured times; where the multiply-adds of the encoder cannot be counted, as many as its time is worth
+        by that of the fronts."""
+        times = stage_times(cascade.tapped, cascade.rules, cascade.final, self.example)
+        staged = cascade.tapped.staged
+        if sum(staged.macs) == 0:
+            fronts = [d for d in cascade.tapped.descriptors if isinstance(d, Front)]
+            rate = sum(front.macs for front in fronts) / times.exit_seconds[: len(fronts)].sum()
+            staged.macs = [*staged.macs[:-1], max(1, round(rate * times.stage_seconds[-1]))]
+        return cascade.timed(times)
+
+
+def _fronts_alone(cut: _Cutter, taught: TaughtFronts) -> tuple[Cascade, Provenance]:
+    """The encoder as one stage behind its fronts."""
+    exits, assigned = cut.settings.exits, taught.assigned
+    if assigned is None:
+        raise InputError('exits names no exit point; use "auto", see list_exits(encoder, example), or set a front')
+    tapped = cut([], exits.descriptor, exits.accumulate, taught.fronts)
+    cascade = cut.timed(Cascade.closed(tapped, taught.rules, assigned.final, cut.across))
+    n_fit = len(assigned.positions)
+    used = Provenance(assigned.images, assigned.skipped, n_fit, assigned.n_clustered, teaching=taught.teaching)
+    return cascade, used
+
+
+def _with_exits(
+    cut: _Cutter,
+    points: str | Sequence[str],
     images: Read,
     order: np.ndarray,
     shaping: np.ndarray,
+    taught: TaughtFronts,
     classes: np.ndarray | None,
-) -> tuple[Cascade, tuple[Front, ...], Provenance]:
-    """Final clusters, fronts, and a rule at every exit; with exits="auto" those exits that do not pay are left out
-    again. Behind a front "auto" means none."""
-    exits, precision, device = settings.exits, settings.runtime.precision, usable_device(settings.device)
-    fronts: list[Front] = []
-    taught: list[FrontRule] = []
-    teaching: list[Teaching] = []
-
-    def cut(points: str | Sequence[str], descriptor: str | Sequence[str], accumulate: bool) -> TappedEncoder:
-        tapped = TappedEncoder.build(
-            encoder, points, example, descriptor=descriptor, accumulate=accumulate, normalize=exits.normalize,
-            fronts=fronts,
-        )  # fmt: skip
-        return tapped.for_inference(precision, example.shape[1:]).to(device)
+) -> tuple[Cascade, Provenance]:
+    """Final clusters and a rule at every exit; with exits="auto" those exits that do not pay are left out again."""
+    settings, fronts = cut.settings, taught.fronts
+    exits, rule = settings.exits, settings.rule
 
     def rules_of(tapped: TappedEncoder) -> list[ExitRule]:
-        inner = tapped.seen[len(fronts) :]
-        return [*taught, *build_rules(settings.rule.name, inner, settings.n_clusters, settings.rule.options)]
+        inside = tapped.seen[len(fronts) :]
+        return [*taught.rules, *build_rules(rule.name, inside, settings.n_clusters, rule.options)]
 
     def fitted(collected: Collected, tapped: TappedEncoder, rules: list[ExitRule]) -> Cascade:
-        return collected.fit(tapped, rules, AcrossExits(exits.patience, exits.ensemble), settings.random_state)
+        return collected.fit(tapped, rules, cut.across, settings.random_state)
 
-    def timed(cascade: Cascade) -> Cascade:
-        return replace(cascade, times=stage_times(cascade.tapped, cascade.rules, cascade.final, example))
-
-    points = exits.points if isinstance(exits.points, str) else list(exits.points)
-    assigned: Assigned | None = None
-    if settings.front.kind != "none":
-        points = [] if points == "auto" else points
-        bare = cut([], exits.descriptor, exits.accumulate)
-        untaught = sized_fronts(bare, example, settings)
-        kept = Kept(source, example.shape[1:], settings.front.side)
-        assigned = assign(
-            bare, images(order, "fit"), len(source), n_clusters=settings.n_clusters, clusters=settings.clusters,
-            seed=settings.random_state, mirror=settings.front.mirror, keep=kept,
-        )  # fmt: skip
-        fronts, taught, teaching = taught_fronts(untaught, assigned, kept.open(), settings, classes)
-    tapped = cut(points, exits.descriptor, exits.accumulate)
-    if exits.patience > len(tapped.seen):
-        raise InputError(
-            f"patience {exits.patience} lets nothing leave at {len(tapped.seen)} exits; lower it or name more exits"
-        )
-    if assigned is not None and not points:
-        across = AcrossExits(exits.patience, exits.ensemble)
-        cascade = timed(Cascade.closed(tapped, taught, assigned.final, across))
-        used = Provenance(
-            assigned.images, assigned.skipped, len(assigned.positions), assigned.n_clustered, teaching=tuple(teaching)
-        )
-        return _priced(cascade), tuple(fronts), used
+    tapped = cut(points, exits.descriptor, exits.accumulate, fronts)
     rules = rules_of(tapped)
-    used_images: list[np.ndarray] = []
-    passes = [noted(images(order, "fit"), used_images)]
-    if settings.rule.mirror:
-        passes.append(noted(mirrored(images(order, "fit, mirrored")), used_images))
+    hashes: list[np.ndarray] = []
+    passes = [noted(images(order, "fit"), hashes)]
+    if rule.mirror:
+        passes.append(noted(mirrored(images(order, "fit, mirrored")), hashes))
     collected = collect(
         tapped,
         passes,
@@ -169,35 +203,19 @@ def _build(
         clusters=settings.clusters,
         seed=settings.random_state,
         classes=classes,
-        final=assigned.final if assigned else None,
+        final=taught.assigned.final if taught.assigned else None,
     )
-    cascade = timed(fitted(collected, tapped, rules))
+    cascade = cut.timed(fitted(collected, tapped, rules))
     choices = _choices(cascade, settings, images, shaping)
-    kept_exits = [i for i, choice in enumerate(choices) if choice.kept]
-    if 0 < len(kept_exits) < len(choices):
+    kept = [i for i, choice in enumerate(choices) if choice.kept]
+    if 0 < len(kept) < len(choices):
         assert cascade.times is not None
-        times = cascade.times.without(kept_exits)
-        collected = collected.at(tapped, kept_exits)
-        tapped = cut(
-            [choices[i].name for i in kept_exits], [tapped.descriptors[i].kind for i in kept_exits], tapped.accumulate
-        )
-        cascade = replace(fitted(collected, tapped, rules_of(tapped)), times=times)
-    skipped = collected.statistics.skipped
-    hashes = SeenImages(used_images).hashes
-    used = Provenance(hashes, skipped, collected.n_fit, collected.n_clustered, tuple(choices), tuple(teaching))
-    return _priced(cascade), tuple(fronts), used
-
-
-def _priced(cascade: Cascade) -> Cascade:
-    """Where the multiply-adds of the encoder cannot be counted, as many as its measured time is worth by that of the
-    fronts."""
-    staged, times = cascade.tapped.staged, cascade.times
-    if sum(staged.macs) == 0 and times is not None:
-        fronts = [d for d in cascade.tapped.descriptors if isinstance(d, Front)]
-        rate = sum(front.macs for front in fronts) / times.exit_seconds[: len(fronts)].sum()
-        staged.macs = [round(rate * seconds) for seconds in times.stage_seconds]
-        staged.macs[-1] = max(1, staged.macs[-1])
-    return cascade
+        times = cascade.times.without(kept)
+        collected = collected.at(tapped, kept)
+        tapped = cut([choices[i].name for i in kept], [tapped.descriptors[i].kind for i in kept], tapped.accumulate)
+        cascade = fitted(collected, tapped, rules_of(tapped)).timed(times)
+    used = SeenImages(hashes).hashes, collected.statistics.skipped, collected.n_fit, collected.n_clustered
+    return cascade, Provenance(*used, tuple(choices), taught.teaching)
 
 
 def _choices(cascade: Cascade, settings: Settings, images: Read, shaping: np.ndarray) -> list[ExitChoice]:

@@ -1,7 +1,7 @@
 """Fronts in a fit: what the full encoder says of every image, the size of a front, and teaching it."""
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ssl_exit.cascade.cascade import describe
 from ssl_exit.cascade.times import now
 from ssl_exit.data.hashes import image_hashes
-from ssl_exit.data.images import Batch, ImageSource
+from ssl_exit.data.images import Batch
 from ssl_exit.data.kept import Kept
 from ssl_exit.encoders.front import Front, widest_front
 from ssl_exit.encoders.tapped import TappedEncoder
@@ -35,8 +35,8 @@ class Assigned:
 
     Attributes:
         final: what gives its label.
-        soft: its soft assignments of every image and, where wanted, of the same mirrored, (N, 1 or 2, K) float16;
-            rows of other images are 0.
+        soft: its soft assignments, where wanted the mean over the image and its mirror image, (N, K) float16; rows of
+            other images are 0.
         labels: (N,) int64; -1 for other images.
         images: content hashes, (n,) uint64.
         skipped: position and reason of images that could not be used.
@@ -78,7 +78,7 @@ def assign(
         n_clusters: K.
         clusters: what the full encoder answers.
         seed: of k-means.
-        mirror: assign mirrored images too.
+        mirror: average over the image and its mirror image.
         keep: where to keep images for teaching.
 
     Raises:
@@ -96,11 +96,11 @@ def assign(
     features = torch.cat([torch.empty(0, tapped.output.dim), *(features[:, 0] for _, features in first)])
     sample = Sample(np.zeros(len(features), np.uint64), torch.arange(len(features)), features[:, :0], features)
     final = final_clusters(sample, n_clusters, clusters, seed)
-    soft = torch.zeros(n, 1 + mirror, n_clusters, dtype=torch.float16)
+    soft = torch.zeros(n, n_clusters, dtype=torch.float16)
     labels = torch.full((n,), -1)
     for indices, features in chain(first, stream):
         labels[indices] = final(features[:, 0])
-        soft[indices] = final.soft(features.flatten(0, 1)).view(*features.shape[:2], -1).half()
+        soft[indices] = final.soft(features.flatten(0, 1)).view(*features.shape[:2], -1).mean(1).half()
     n_clustered = 0 if clusters.supervised else min(len(sample), wanted)
     seconds = time.perf_counter() - begun
     return Assigned(final, soft, labels, np.unique(np.concatenate(hashes)), skipped, n_clustered, seconds)
@@ -176,47 +176,74 @@ def _seconds(call: Any, device: torch.device) -> float:
     return min(runs)
 
 
-def taught_fronts(
-    fronts: Sequence[Front], assigned: Assigned, images: ImageSource, settings: Settings, classes: np.ndarray | None
-) -> tuple[list[Front], list[FrontRule], list[Teaching]]:
-    """Teach fronts one after another; a later one's head sees the features of those before it.
+@dataclass(frozen=True)
+class TaughtFronts:
+    """Fronts in a row, their heads, how teaching them went, and what they were taught."""
+
+    fronts: tuple[Front, ...] = ()
+    rules: tuple[FrontRule, ...] = ()
+    teaching: tuple[Teaching, ...] = ()
+    assigned: Assigned | None = None
+
+
+def teach_fronts(
+    tapped: TappedEncoder,
+    batches: Iterable[Batch],
+    kept: Kept,
+    example: Tensor,
+    settings: Settings,
+    classes: np.ndarray | None = None,
+) -> TaughtFronts:
+    """Size fronts, find the final clusters, and teach the fronts one after another; a later one's head sees the
+    features of those before it.
 
     Args:
-        fronts: untaught.
-        assigned: what they are taught.
-        images: as the encoder takes them; they may be averaged down to what the fronts see.
+        tapped: the encoder, on the device to use.
+        batches: images in random order.
+        kept: keeps them for teaching.
+        example: one batch of images, (N, C, H, W).
         settings: all parameters.
         classes: in the supervised mode, the class of every image, (N,), which is taught instead, or None.
     """
     from ssl_exit.training.front import sharpened, teach
 
-    how, device = settings.front, settings.device
+    how = settings.front
+    untaught = sized_fronts(tapped, example, settings)
+    assigned = assign(
+        tapped,
+        batches,
+        len(kept.source),
+        n_clusters=settings.n_clusters,
+        clusters=settings.clusters,
+        seed=settings.random_state,
+        mirror=how.mirror,
+        keep=kept,
+    )
     if classes is None:
         targets = sharpened(assigned.soft.float(), how.sharpness).half()
     else:
-        targets = F.one_hot(torch.from_numpy(classes), settings.n_clusters).half()[:, None].expand_as(assigned.soft)
-    result: list[Front] = []
-    rules: list[FrontRule] = []
-    teaching: list[Teaching] = []
-    for i, front in enumerate(fronts):
-        folder = Path(how.folder) / f"front{i + 1}" if how.folder else None
-        seconds = None if how.seconds is None else how.seconds / len(fronts)
+        targets = F.one_hot(torch.from_numpy(classes), settings.n_clusters).half()
+    images, result = kept.open(), TaughtFronts(assigned=assigned)
+    for i, front in enumerate(untaught, start=1):
         taught = teach(
             front,
-            result if settings.exits.accumulate else [],
+            result.fronts if settings.exits.accumulate else (),
             images,
             assigned.positions,
             targets,
             assigned.labels,
-            replace(how, seconds=seconds),
+            replace(how, seconds=None if how.seconds is None else how.seconds / len(untaught)),
             max_disagreement=settings.max_disagreement,
             seed=settings.random_state,
-            device=device.partition(":")[0],
-            folder=folder,
+            device=settings.device.partition(":")[0],
+            folder=Path(how.folder) / f"front{i}" if how.folder else None,
             progress=settings.runtime.progress,
         )
-        spent = taught.seconds + (assigned.seconds if i == 0 else 0.0)
-        result.append(taught.front)
-        rules.append(taught.rule)
-        teaching.append(Teaching(spent, taught.epochs, taught.agreement, taught.saving))
-    return result, rules, teaching
+        spent = taught.seconds + (assigned.seconds if i == 1 else 0.0)
+        result = TaughtFronts(
+            (*result.fronts, taught.front),
+            (*result.rules, taught.rule),
+            (*result.teaching, Teaching(spent, taught.epochs, taught.agreement, taught.saving)),
+            assigned,
+        )
+    return result

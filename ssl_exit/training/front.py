@@ -1,20 +1,20 @@
 r"""Teaching a front the final clusters of an encoder, without labels.
 
-With q(x) the soft assignment of the full encoder (`Final.soft`), f the front, W and b its head, and s = sharpness, what
-is minimised over f, W and b is
+With q(x) the soft assignment of the full encoder (`Final.soft`), its mean over the image and its mirror image where
+these mean the same, f the front, W and b its head, and s = sharpness, what is minimised over f, W and b is
 
     H(q(x)^s / sum_k q_k(x)^s, softmax(W f(x') + b)),        x' a view of x: shifted, and mirrored half of the time
 
-with H the cross-entropy. Of a mirrored view the encoder's own answer on the mirrored image is taught. Sharpening says
-less of which clusters lie near and more of which one it is: what counts in a cascade is to be sure of many images, not
-to tell how unsure the others are (knowledge distillation: Hinton et al., arXiv 1503.02531).
+with H the cross-entropy. Sharpening says less of which clusters lie near and more of which one it is: what counts in a
+cascade is to be sure of many images, not to tell how unsure the others are (distillation: Hinton et al., arXiv
+1503.02531).
 
-The learning rate rises, stays, and falls to 0 over the last part of the budget. While it stays, the saving of the
-averaged weights on held-out images is looked at after every epoch; once it no longer grows, the fall begins (warm-up,
-stable, decay: Hu et al., MiniCPM, arXiv 2404.06395).
+The learning rate follows one cycle over the budget (`one_cycle`). The saving of the averaged weights on images kept out
+is looked at after every epoch; once it no longer grows, the rate falls to 0 within the next quarter of the time so far.
 """
 
 import copy
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -30,14 +30,16 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from ssl_exit.data.images import ImageSource
 from ssl_exit.encoders.front import Front
 from ssl_exit.exits.front import FrontRule
+from ssl_exit.exits.heads import one_cycle
 from ssl_exit.settings import Front as FrontSettings
 from ssl_exit.settings import Optimization
 from ssl_exit.training.module import Training, frozen_copy
 from ssl_exit.training.run import checkpoints_in, seeded, train
 
 BATCH, LEAST_BATCH, STEPS = 256, 32, 20  # images a step: fewer where an epoch would have less than 20 steps
-WARM, STABLE = 0.1, 0.6  # of the budget: where the learning rate has risen, and where it begins to fall
-SHIFT = 8  # a view is shifted by up to one in so many pixels to every side
+WARM = 0.2  # of the budget, in which the learning rate rises
+FALL = 0.25  # of the time so far, in which it falls to 0 once nothing is gained
+SHIFT = 16  # a view is shifted by up to one in so many pixels to every side
 HELD, MOST_HELD = 0.05, 4000  # images kept out to be looked at: a share, and at most so many
 AVERAGED = 0.99  # decay of averaged weights
 
@@ -63,22 +65,38 @@ class Taught:
     saving: float
 
 
+@dataclass
+class _Clock:
+    """How far teaching is; part of every checkpoint.
+
+    Attributes:
+        steps, seconds: so far.
+        best: saving seen on images kept out, at most.
+        looks: epochs since.
+        fall_from: progress at which nothing was gained any more.
+    """
+
+    steps: int = 0
+    seconds: float = 0.0
+    best: float = -1.0
+    looks: int = 0
+    fall_from: float = math.inf
+
+
 class FrontTraining(Training):
     """Teaches one front (see above).
 
     Args:
         front: trained in place.
         before: fronts that stand before it; its head sees their features too.
-        targets: sharpened soft assignments of all images and of the same mirrored, (N, 1 or 2, K).
+        targets: sharpened soft assignments, (N, K).
         labels: of the full encoder, (N,) int64.
         held: positions of images to look at, (h,).
         max_disagreement: at which the saving is measured.
-        how: epochs, seconds, patience and learning rate.
+        how: epochs, seconds, patience, mirror and learning rate.
     """
 
     n_views = 1
-    clock: Tensor
-    best: Tensor
 
     def __init__(
         self,
@@ -92,7 +110,7 @@ class FrontTraining(Training):
     ) -> None:
         super().__init__(shifted, Optimization("sgd", how.learning_rate))
         self.front, self.before = front, nn.ModuleList(frozen_copy(one) for one in before)
-        self.head = nn.Linear(sum(one.dim for one in before) + front.dim, targets.shape[2])
+        self.head = nn.Linear(sum(one.dim for one in before) + front.dim, targets.shape[1])
         own = nn.ModuleList([self.front, self.head])
         self.averaged = AveragedModel(own, multi_avg_fn=get_ema_multi_avg_fn(AVERAGED), use_buffers=True)
         self.averaged.requires_grad_(False)
@@ -100,8 +118,7 @@ class FrontTraining(Training):
         self.max_disagreement, self.how = max_disagreement, how
         named = asdict(replace(how, network=None))
         self.options = {k: v for k, v in named.items() if k not in ("folder", "kind", "network")}
-        self.register_buffer("clock", torch.tensor([0.0, 0.0, 1.0], dtype=torch.float64))  # steps, seconds, end
-        self.register_buffer("best", torch.tensor([-1.0, 0.0], dtype=torch.float64))  # saving, looks since it grew
+        self.clock = _Clock()
         self.began = time.perf_counter()
 
     def attach(self, source: ImageSource, positions: np.ndarray, seed: int) -> None:
@@ -112,15 +129,14 @@ class FrontTraining(Training):
         return torch.optim.SGD(parameters, self.how.learning_rate, momentum=0.9, nesterov=True, weight_decay=5e-4)
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> tuple[Tensor, Tensor]:
-        """Targets, (B, 1 or 2, K), take the place of positions."""
+        """Targets, (B, K), take the place of positions."""
         positions, images = batch
         return self.targets[positions], images
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> tuple[Tensor, list[Tensor]]:
         targets, images = batch
-        mirror = torch.rand(len(images), device=images.device) < (targets.shape[1] - 1) / 2
-        target = targets[torch.arange(len(images), device=images.device), mirror.long()].float()
-        return target, [self.prepared(shifted(images, mirror))]
+        mirror = torch.rand(len(images)) < 0.5 if self.how.mirror else None
+        return targets.float(), [self.prepared(shifted(images, mirror))]
 
     def losses(self, target: Tensor, views: Sequence[Tensor]) -> dict[str, Tensor]:
         logits = self._logits(self.front, self.head, views[0])
@@ -134,27 +150,36 @@ class FrontTraining(Training):
 
     @property
     def progress(self) -> float:
-        """Share of the budget that is spent, in [0, 1]; 1 ends."""
-        steps, seconds, end = self.clock.tolist()
-        spent = steps / max(1, float(self.trainer.estimated_stepping_batches))
-        if self.how.seconds is not None:
-            spent = max(spent, seconds / self.how.seconds)
-        return spent / end
+        """Share of the budget that is spent, in [0, 1]."""
+        spent = self.clock.steps / max(1, float(self.trainer.estimated_stepping_batches))
+        return spent if self.how.seconds is None else max(spent, self.clock.seconds / self.how.seconds)
+
+    @property
+    def rate(self) -> float:
+        """Learning rate / its peak, in [0, 1]; 0 ends teaching."""
+        now, fall_from = self.progress, self.clock.fall_from
+        if now < fall_from:
+            return one_cycle(now, WARM) if now < 1 else 0.0
+        return one_cycle(fall_from, WARM) * max(0.0, 1 - (now - fall_from) / (FALL * fall_from))
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["clock"] = asdict(self.clock)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.clock = _Clock(**checkpoint["clock"])
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         self.began = time.perf_counter()
-        p = self.progress
-        rate = min(1.0, (p + 1e-3) / WARM) if p < STABLE else max(0.0, (1 - p) / (1 - STABLE))
-        size = len(batch[1][0])
         for group in self.trainer.optimizers[0].param_groups:
-            group["lr"] = self.how.learning_rate * rate * size / BATCH
+            group["lr"] = self.how.learning_rate * self.rate * len(batch[1][0]) / BATCH
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.averaged.update_parameters(nn.ModuleList([self.front, self.head]))
         seconds = time.perf_counter() - self.began
-        self.clock += torch.tensor([1.0, seconds, 0.0], device=self.clock.device)
+        self.clock.steps += 1
+        self.clock.seconds += seconds
         self.log("images_per_second", len(batch[1][0]) / seconds, prog_bar=True, batch_size=1)
-        if self.progress >= 1:
+        if self.rate == 0:
             self.trainer.should_stop = True
 
     def on_train_epoch_end(self) -> None:
@@ -163,14 +188,12 @@ class FrontTraining(Training):
         agreement, saving = self.look(*self.averaged.module.children())
         self.log("held_out_agreement", agreement, prog_bar=True)
         self.log("held_out_saving", saving, prog_bar=True)
-        if self.how.patience == 0 or not WARM <= self.progress < STABLE:
+        if self.how.patience == 0 or not WARM <= self.progress < self.clock.fall_from:
             return
-        if saving > self.best[0]:
-            self.best.copy_(torch.tensor([saving, 0.0]))
-            return
-        self.best[1] += 1
-        if self.best[1] >= self.how.patience:
-            self.clock[2] *= self.progress / STABLE  # the fall begins here
+        self.clock.looks = 0 if saving > self.clock.best else self.clock.looks + 1
+        self.clock.best = max(saving, self.clock.best)
+        if self.clock.looks >= self.how.patience:
+            self.clock.fall_from = self.progress
 
     @torch.no_grad()
     def look(self, front: nn.Module, head: nn.Module) -> tuple[float, float]:
@@ -203,7 +226,7 @@ def answered(scores: Tensor, agrees: Tensor, max_disagreement: float) -> tuple[f
 
 
 def shifted(images: Tensor, mirror: Tensor | None = None) -> Tensor:
-    """Every image shifted by up to an eighth of its sides, edges reflected; some mirrored: (N, C, H, W) -> the same.
+    """Every image shifted by up to a sixteenth of its sides, edges reflected; some mirrored: (N, C, H, W) -> the same.
 
     Args:
         images: of any range.
@@ -214,9 +237,9 @@ def shifted(images: Tensor, mirror: Tensor | None = None) -> Tensor:
     padded = F.pad(images, (right, right, down, down), mode="reflect") if min(height, width) > 1 else images
     rows = torch.randint(2 * down + 1, (n, 1)) + torch.arange(height)
     columns = torch.randint(2 * right + 1, (n, 1)) + torch.arange(width)
-    rows, columns = rows.to(images.device), columns.to(images.device)
     if mirror is not None:
         columns = torch.where(mirror[:, None], columns.flip(1), columns)
+    rows, columns = rows.to(images.device), columns.to(images.device)
     each = torch.arange(n, device=images.device)[:, None, None]
     return padded[each, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
@@ -248,9 +271,9 @@ def teach(
         before: taught fronts that stand before it; its head sees their features too.
         source: images as the encoder takes them; they may be averaged down to what the front sees.
         positions: of the images to teach, (n,).
-        targets: sharpened soft assignments of the images and of the same mirrored, (N, 1 or 2, K).
+        targets: sharpened soft assignments, (N, K).
         labels: of the full encoder, (N,) int64.
-        how: epochs, seconds, patience, learning rate.
+        how: epochs, seconds, patience, mirror, learning rate.
         max_disagreement: at which the saving is measured.
         seed: of weights, order and views.
         device: auto, cpu or cuda.
@@ -280,12 +303,11 @@ def teach(
         seed=seed,
         logger="none" if folder is None else "csv",
     )
-    steps, spent, _ = training.clock.tolist()
     agreement, saving = training.look(training.front, training.head) if len(held) else (np.nan, np.nan)
     rule = FrontRule(training.head.in_features, training.head.out_features)
     rule.weight.copy_(training.head.weight.detach())
     rule.bias.copy_(training.head.bias.detach())
-    seconds = max(spent, time.perf_counter() - begun)
+    seconds = max(training.clock.seconds, time.perf_counter() - begun)  # with those before an interruption
     training.front.requires_grad_(False)
-    epochs = round(steps / max(1, len(taught) // batch))
+    epochs = round(training.clock.steps / max(1, len(taught) // batch))
     return Taught(training.front.eval(), rule, seconds, epochs, agreement, saving)

@@ -29,13 +29,13 @@ def test_answered_is_the_largest_share_that_keeps_the_disagreement(images, eps):
 
 def test_views_are_shifts_of_the_image_or_of_its_mirror_image():
     torch.manual_seed(0)
-    images = torch.rand(20, 2, 16, 24)
+    images = torch.rand(20, 2, 32, 48)
     mirror = torch.arange(20) % 2 == 0
     views = shifted(images, mirror)
     down, right = 2, 3
     padded = F.pad(images, (right, right, down, down), mode="reflect")
     for view, image, flip in zip(views, padded, mirror, strict=True):
-        every = [image[:, i : i + 16, j : j + 24] for i in range(2 * down + 1) for j in range(2 * right + 1)]
+        every = [image[:, i : i + 32, j : j + 48] for i in range(2 * down + 1) for j in range(2 * right + 1)]
         assert sum(torch.equal(view, one.flip(-1) if flip else one) for one in every) == 1
     assert not torch.equal(shifted(images), shifted(images))
 
@@ -49,13 +49,11 @@ def test_sharpened_assignments():
 
 @pytest.fixture(scope="module")
 def lesson(digits):
-    """Images, and clusters that can be told from pixels: upper or lower, left or right half brighter."""
+    """Images, and clusters that pixels tell: how bright they are, and whether the upper half is brighter."""
     images = digits[:600]
-    up, left = images[:, 0, :4].sum((1, 2)), images[:, 0, :, :4].sum((1, 2))
-    total = images.sum((1, 2, 3))
-    labels = (up * 2 > total).long() * 2 + (left * 2 > total).long()
-    mirrored = (up * 2 > total).long() * 2 + (left * 2 < total).long()
-    return TensorImages(images), labels, F.one_hot(torch.stack([labels, mirrored], 1), 4).half()
+    up, total = images[:, 0, :4].sum((1, 2)), images.sum((1, 2, 3))
+    labels = (up * 2 > total).long() * 2 + (total > total.median()).long()
+    return TensorImages(images), labels, F.one_hot(labels, 4).half()
 
 
 def taught(lesson, folder=None, before=(), **how):
@@ -80,10 +78,8 @@ def logits(one, images):
 def test_a_front_learns_what_it_is_taught(lesson):
     one, (source, labels, _) = taught(lesson, epochs=15), lesson
     agreement = float((logits(one, source.images).argmax(1) == labels).float().mean())
-    mirrored = float((logits(one, source.images.flip(-1)).argmax(1) == lesson[2][:, 1].argmax(1)).float().mean())
     most = float(labels.bincount().max() / len(labels))
     assert agreement > most + 0.2
-    assert mirrored > most + 0.2  # of mirrored images it is taught something else
     assert 0.5 < one.agreement <= 1
     assert 0 <= one.saving <= 1
     assert one.epochs == 15
@@ -152,7 +148,7 @@ def test_a_module_of_the_users_is_taught_and_left_unchanged(lesson):
     torch.manual_seed(0)
     network = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU())
     before = {k: v.clone() for k, v in network.state_dict().items()}
-    how = FrontSettings("module", network=network, epochs=5, learning_rate=0.1)
+    how = FrontSettings("module", network=network, epochs=15, learning_rate=0.1)
     one = teach(Front(network, (1, 8, 8), 8), [], source, np.arange(600), targets, labels, how, max_disagreement=0.05)
     agreement = float((logits(one, source.images).argmax(1) == labels).float().mean())
     assert agreement > float(labels.bincount().max() / len(labels)) + 0.1

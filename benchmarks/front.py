@@ -1,0 +1,197 @@
+"""A front before a frozen encoder, against the honest alternatives: what agreement, accuracy and time each costs.
+
+    uv run python benchmarks/front.py --fit      # hours; keeps models in data/fronts, and goes on where it stopped
+    uv run python benchmarks/front.py            # minutes: evaluates them, alone on the machine
+
+Frozen ResNet-20 (SimCLR and supervised weights; CIFAR-10 re-encoded as JPEG; final clusters of its features, no
+labels). For each seed 40,000 training images to fit and 10,000 for thresholds and certificate (disagreement <= 2 %,
+confidence 95 %); all figures are on the 10,000 test images.
+
+    rule       exits in the encoder, the default rule
+    mlp        exits in the encoder, trained heads, 20 passes
+    front      a front alone, the encoder one stage behind it
+    two        fronts of 2 % and 8 % of the multiply-adds in a row
+    joined     a front and three exits in the encoder, which see its features
+    student    a front of 38 % of the multiply-adds, from which all images leave: a static model of that cost
+
+Printed: the front's multiply-adds and time / the encoder's; certified agreement and cost; realised time / full encoder
+in float32 and bfloat16, and what the stage times predict; cost at 99, 98, 95 and 90 % agreement (the cheapest setting
+of the threshold path that reaches it on the test images); agreement and cost if all images left at the front; ACC;
+seconds of teaching, and after how many images they are paid for.
+"""
+
+import argparse
+import pickle
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import torch
+from common import PREPROCESSING, RESULTS, ROOT, cifar, clusterer, encoder, report, spread
+
+from ssl_exit import ExitClusterer
+from ssl_exit.cascade.memory import kept_memory
+from ssl_exit.files import atomic_file
+from ssl_exit.fitting.record import record
+from ssl_exit.model import Model
+from ssl_exit.report.tables import text_table
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+ASKED = (0.99, 0.98, 0.95, 0.90)
+INSIDE = ["layer1.2", "layer2.2", "layer3.1"]
+ARMS: dict[str, dict[str, Any]] = {
+    "rule": {},
+    "mlp": {"rule": "mlp", "rule_options": {"epochs": 20}},
+    "front": {"front": "auto"},
+    "two": {"front": "auto", "front_macs": [0.02, 0.08], "front_time": 0.15},
+    "joined": {"front": "auto", "exits": INSIDE},
+    "student": {"front": "auto", "front_macs": 0.38, "front_time": 0.6},
+}
+REPEATS = 3
+KEPT = ROOT / "data" / "fronts"
+
+
+def stored(name: str, arm: str, k: int, seed: int, more: dict[str, Any], fit: bool) -> Model | None:
+    """The model, fitted where it is missing and `fit` is set."""
+    label = "-".join([name, arm, str(k), str(seed), *(f"{key}={value}" for key, value in more.items())])
+    file = KEPT / f"{label}.pkl"
+    if not file.is_file() and fit:
+        KEPT.mkdir(parents=True, exist_ok=True)
+        start = time.perf_counter()
+        options = ARMS[arm] | {"n_clusters": k, "seed": seed} | (more if "front" in ARMS[arm] else {})
+        model = clusterer(encoder(name), PREPROCESSING[name], **options).fit(cifar("train")[0]).model_
+        print(f"{label}: {time.perf_counter() - start:.0f} s; {model.certificate}", flush=True)
+        with atomic_file(file) as draft:
+            draft.write_bytes(pickle.dumps(model))
+    return pickle.loads(file.read_bytes()) if file.is_file() else None
+
+
+def in_precision(model: Model, precision: str) -> ExitClusterer:
+    """A clusterer that holds the model; its certificate is about float32 alone."""
+    about, tensors = model.state()
+    settings = model.settings.nested(runtime={"precision": precision})
+    c = ExitClusterer(model.encoder, **settings.parameters(), preprocessing=model.preprocessing)
+    c._hold(Model.from_state(model.encoder, about, tensors, settings))
+    return c
+
+
+def evaluated(model: Model, images: torch.Tensor, targets: np.ndarray) -> dict[str, Any]:
+    """One row of the table, as numbers."""
+    figures: dict[str, Any] = {}
+    for precision in ("float32", "bfloat16"):
+        c = in_precision(model, precision)
+        runs = [c.evaluate(images, targets) for _ in range(REPEATS)]
+        figures[precision] = {
+            "time": spread([run.cost_time for run in runs]),
+            "predicted / realised": spread([run.cost_time_predicted / run.cost_time for run in runs]),
+            "break_even": spread([min(run.break_even, 1e12) for run in runs]),
+        }
+        if precision == "float32":
+            last = runs[-1]
+            figures |= {"agreement": last.agreement, "cost": last.cost_macs, "metrics": last.metrics}
+            costs, agreements = c.trade_off(images)
+            figures["at"] = {str(asked): float(costs[agreements >= asked].min()) for asked in ASKED}
+            recorded, _ = record(model.cascade, c._all(images, "record")[1])
+            figures["all leave"] = float((recorded.labels[:, 0] == recorded.final).mean())
+    times, fronts = model.cascade.times, len(model.fronts)
+    assert times is not None
+    figures["teaching"] = sum(one.seconds for one in model.provenance.teaching)
+    figures["front macs"] = float(model.cascade.costs[fronts - 1]) if fronts else None
+    full = times.stage_seconds.sum()
+    figures["front time"] = float(times.exit_seconds[:fronts].sum() / full) if fronts else None
+    figures["epochs"] = [one.epochs for one in model.provenance.teaching]
+    return figures
+
+
+def mean_pm(values: list[float], digits: int = 3) -> str:
+    """Mean and, of several, standard deviation."""
+    mean = f"{np.mean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ±{np.std(values, ddof=1):.{digits}f}"
+
+
+def row(label: str, runs: list[dict[str, Any]]) -> tuple[str, ...]:
+    """Means over seeds."""
+
+    def of(*path: str) -> str:
+        values = []
+        for one in runs:
+            for key in path:
+                one = one[key] if one is not None else None
+            values.append(one)
+        return "-" if None in values else mean_pm(values)
+
+    return (
+        label,
+        str(len(runs)),
+        of("front macs"),
+        of("front time"),
+        of("agreement"),
+        of("cost"),
+        of("float32", "time", "median"),
+        of("float32", "predicted / realised", "median"),
+        of("bfloat16", "time", "median"),
+        *(of("at", str(asked)) for asked in ASKED),
+        of("all leave"),
+        of("metrics", "acc"),
+        mean_pm([one["teaching"] for one in runs], 0),
+        "-" if runs[0]["teaching"] == 0 else mean_pm([one["float32"]["break_even"]["median"] for one in runs], 0),
+    )
+
+
+HEAD = ("", "seeds", "front macs", "front time", "agreement", "cost", "time f32", "pred./real.", "time bf16",
+        *(f"at {asked:.0%}" for asked in ASKED), "all leave", "ACC", "teaching s", "break-even")  # fmt: skip
+
+
+def draw(figures: dict[str, dict[str, list[dict[str, Any]]]], file: Path) -> None:
+    """Cost over agreement of every arm."""
+    fig, axes = plt.subplots(1, len(figures), figsize=(5.5 * len(figures), 4), squeeze=False)
+    for axis, (name, arms) in zip(axes[0], figures.items(), strict=True):
+        for arm, runs in arms.items():
+            costs = [float(np.mean([run["at"][str(asked)] for run in runs])) for asked in ASKED]
+            axis.plot([100 * asked for asked in ASKED], costs, marker="o", label=arm)
+        axis.set(title=name, xlabel="agreement with the full encoder, %", ylabel="multiply-adds / full encoder")
+        axis.set_ylim(0, 1)
+        axis.grid(alpha=0.3)
+        axis.legend()
+    fig.tight_layout()
+    fig.savefig(file, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--fit", action="store_true", help="fit what is missing, and evaluate nothing")
+    parser.add_argument("--encoders", nargs="+", default=["simclr", "supervised"])
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
+    parser.add_argument("--clusters", nargs="+", type=int, default=[10, 100])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
+    parser.add_argument("--front-epochs", type=int, help="instead of the default")
+    args = parser.parse_args()
+    more = {} if args.front_epochs is None else {"front_epochs": args.front_epochs}
+    images, targets = cifar("test")
+    figures: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    warnings.filterwarnings("ignore", message="no image may exit early")
+    for seed in args.seeds:
+        for k in args.clusters:
+            for name in args.encoders:
+                for arm in args.arms:
+                    model = stored(name, arm, k, seed, more, args.fit)
+                    if model is None or args.fit:
+                        continue
+                    with kept_memory():
+                        one = evaluated(model, images, targets)
+                    figures.setdefault(f"{name}, K = {k}", {}).setdefault(arm, []).append(one | {"seed": seed})
+                    print(name, k, seed, arm, f"{one['agreement']:.4f} {one['cost']:.3f}", flush=True)
+    if not args.fit:
+        for name, arms in figures.items():
+            print(f"\n{name}\n{text_table(HEAD, [row(arm, runs) for arm, runs in arms.items()])}")
+        report("front", figures)
+        draw(figures, RESULTS / "front.png")
+
+
+if __name__ == "__main__":
+    main()
