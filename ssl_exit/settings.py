@@ -149,7 +149,7 @@ class Front(Group):
         side: pixels a side that the front sees at most; larger images are averaged down by a whole factor.
         epochs: passes over the images, at most.
         seconds: of teaching, at most, for all fronts together.
-        patience: epochs without a growing saving on images kept out after which teaching comes to its end; 0 never stops
+        patience: epochs without a growing saving on images kept out, after which teaching ends; 0 never stops
             early.
         sharpness: power of the soft assignments that are taught; the larger, the surer.
         mirror: an image and its mirror image mean the same; turn it off for writing.

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ssl_exit.cascade.cascade import describe
 from ssl_exit.cascade.times import now
-from ssl_exit.data.hashes import image_hashes
+from ssl_exit.data.hashes import image_hashes, images_hash, module_hash
 from ssl_exit.data.images import Batch
 from ssl_exit.data.kept import Kept
 from ssl_exit.encoders.front import Front, widest_front
@@ -26,6 +26,7 @@ from ssl_exit.fitting.sample import Sample, clustered_images, final_clusters
 from ssl_exit.model import Teaching
 from ssl_exit.settings import Clusters, Settings
 
+CHUNK = 65_536  # rows of soft assignments sharpened at a time
 TIMED = 5  # runs, of which the fastest counts
 
 
@@ -220,10 +221,12 @@ def teach_fronts(
         keep=kept,
     )
     if classes is None:
-        targets = sharpened(assigned.soft.float(), how.sharpness).half()
+        few = assigned.soft.split(CHUNK)  # in float32 all at once would take as much again
+        targets = torch.cat([sharpened(rows.float(), how.sharpness).half() for rows in few])
     else:
         targets = F.one_hot(torch.from_numpy(classes), settings.n_clusters).half()
     images, result = kept.open(), TaughtFronts(assigned=assigned)
+    about = {"taught images": images_hash(assigned.images), "encoder": module_hash(tapped.staged)}
     for i, front in enumerate(untaught, start=1):
         taught = teach(
             front,
@@ -236,6 +239,7 @@ def teach_fronts(
             max_disagreement=settings.max_disagreement,
             seed=settings.random_state,
             device=settings.device.partition(":")[0],
+            about=about,
             folder=Path(how.folder) / f"front{i}" if how.folder else None,
             progress=settings.runtime.progress,
         )

@@ -261,6 +261,7 @@ def teach(
     max_disagreement: float,
     seed: int = 0,
     device: str = "auto",
+    about: dict[str, Any] | None = None,
     folder: Path | None = None,
     progress: bool = False,
 ) -> Taught:
@@ -277,6 +278,7 @@ def teach(
         max_disagreement: at which the saving is measured.
         seed: of weights, order and views.
         device: auto, cpu or cuda.
+        about: what is taught, as JSON has it; a checkpoint is continued only where it is the same.
         folder: for checkpoints; teaching goes on from the last one there.
         progress: show a bar on a terminal: images per second, agreement and saving on images kept out.
 
@@ -295,6 +297,7 @@ def teach(
         positions=taught,
         out=folder,
         resume=bool(folder and checkpoints_in(folder)),
+        settings=about,
         progress=progress,
         epochs=how.epochs,
         batch_size=batch,
