@@ -36,10 +36,11 @@ from ssl_exit.settings import Optimization
 from ssl_exit.training.module import Training, frozen_copy
 from ssl_exit.training.run import checkpoints_in, seeded, train
 
+DECAY = 1e-4  # of weights
 BATCH, LEAST_BATCH, STEPS = 256, 32, 20  # images a step: fewer where an epoch would have less than 20 steps
 WARM = 0.2  # of the budget, in which the learning rate rises
 FALL = 0.25  # of the time so far, in which it falls to 0 once nothing is gained
-SHIFT = 16  # a view is shifted by up to one in so many pixels to every side
+SHIFT = 32  # a view is shifted by up to one in so many pixels to every side
 HELD, MOST_HELD = 0.05, 4000  # images kept out to be looked at: a share, and at most so many
 AVERAGED = 0.99  # decay of averaged weights
 
@@ -126,7 +127,7 @@ class FrontTraining(Training):
 
     def configure_optimizers(self) -> Any:
         parameters = [*self.front.parameters(), *self.head.parameters()]
-        return torch.optim.SGD(parameters, self.how.learning_rate, momentum=0.9, nesterov=True, weight_decay=5e-4)
+        return torch.optim.SGD(parameters, self.how.learning_rate, momentum=0.9, nesterov=True, weight_decay=DECAY)
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> tuple[Tensor, Tensor]:
         """Targets, (B, K), take the place of positions."""
@@ -226,7 +227,7 @@ def answered(scores: Tensor, agrees: Tensor, max_disagreement: float) -> tuple[f
 
 
 def shifted(images: Tensor, mirror: Tensor | None = None) -> Tensor:
-    """Every image shifted by up to a sixteenth of its sides, edges reflected; some mirrored: (N, C, H, W) -> the same.
+    """Every image shifted by up to 1/32 of its sides, edges reflected; some mirrored: (N, C, H, W) -> the same.
 
     Args:
         images: of any range.

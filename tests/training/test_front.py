@@ -29,13 +29,13 @@ def test_answered_is_the_largest_share_that_keeps_the_disagreement(images, eps):
 
 def test_views_are_shifts_of_the_image_or_of_its_mirror_image():
     torch.manual_seed(0)
-    images = torch.rand(20, 2, 32, 48)
+    images = torch.rand(20, 2, 64, 96)
     mirror = torch.arange(20) % 2 == 0
     views = shifted(images, mirror)
     down, right = 2, 3
     padded = F.pad(images, (right, right, down, down), mode="reflect")
     for view, image, flip in zip(views, padded, mirror, strict=True):
-        every = [image[:, i : i + 32, j : j + 48] for i in range(2 * down + 1) for j in range(2 * right + 1)]
+        every = [image[:, i : i + 64, j : j + 96] for i in range(2 * down + 1) for j in range(2 * right + 1)]
         assert sum(torch.equal(view, one.flip(-1) if flip else one) for one in every) == 1
     assert not torch.equal(shifted(images), shifted(images))
 
