@@ -10,10 +10,9 @@ class FrontRule(ExitRule):
     """logits = W x + b, taught together with the front whose features x are; score = largest probability.
 
     Targets are sharpened soft assignments of the full encoder (`ssl_exit.training.front`). A temperature is fitted as
-    for every rule.
+    for every rule. It has no name: fronts have it, and no other exit can.
     """
 
-    name = "front"
     weight: Tensor
     bias: Tensor
 

@@ -63,14 +63,14 @@ def fit(
     images = reader(source, settings, shape)
     parts = split_held_out(held, logits_per_image(settings))
     cut = _Cutter(encoder, example, settings)
-    taught = TaughtFronts()
+    points, taught = settings.exits.points, TaughtFronts()
+    if points == "auto" and settings.front.kind != "none":
+        points = []  # exits behind a front would add work and save nothing (docs/front.md)
     if settings.front.kind != "none":
+        _check_patience(settings, len(settings.front.shares) + len(points))  # before teaching
         bare = cut([], settings.exits.descriptor)
         kept = Kept(source, shape, settings.front.side)
         taught = teach_fronts(bare, images(fitted, "fit"), kept, example, settings, classes)
-    points = settings.exits.points
-    if points == "auto" and taught.fronts:
-        points = []  # they would add work and save nothing (docs/front.md)
     if len(points):
         cascade, provenance = _with_exits(cut, points, images, fitted, parts[0], taught, classes)
     else:
@@ -108,6 +108,13 @@ def logits_per_image(settings: Settings) -> int:
     return exits * len(rule_classes(settings.rule.name)) * (settings.n_clusters + 1)
 
 
+def _check_patience(settings: Settings, n_exits: int) -> None:
+    if settings.exits.patience > n_exits:
+        raise InputError(
+            f"patience {settings.exits.patience} lets nothing leave at {n_exits} exits; lower it or name more exits"
+        )
+
+
 @dataclass(frozen=True)
 class _Cutter:
     """Cuts the encoder into stages, with descriptors, on the device in use."""
@@ -132,11 +139,6 @@ class _Cutter:
             normalize=self.settings.exits.normalize,
             fronts=fronts,
         )
-        if self.settings.exits.patience > len(tapped.seen) > 0:
-            raise InputError(
-                f"patience {self.settings.exits.patience} lets nothing leave at {len(tapped.seen)} exits; lower it or "
-                "name more exits"
-            )
         ready = tapped.for_inference(self.settings.runtime.precision, self.example.shape[1:])
         return ready.to(usable_device(self.settings.device))
 
@@ -189,6 +191,7 @@ def _with_exits(
         return collected.fit(tapped, rules, cut.across, settings.random_state)
 
     tapped = cut(points, exits.descriptor, exits.accumulate, fronts)
+    _check_patience(settings, len(tapped.seen))
     rules = rules_of(tapped)
     hashes: list[np.ndarray] = []
     passes = [noted(images(order, "fit"), hashes)]

@@ -205,3 +205,13 @@ def test_evaluation_says_when_teaching_has_paid_for_itself(fitted, digits):
 def test_nonsense_is_refused(front, message):
     with pytest.raises(InputError, match=message):
         Front(front) if isinstance(front, str) else Front("auto", **front)
+
+
+def test_what_cannot_be_is_refused_before_anything_is_taught(encoder, digits, monkeypatch):
+    monkeypatch.setattr("ssl_exit.training.front.train", None)
+    with pytest.raises(InputError, match="patience 2 lets nothing leave at 1 exits"):
+        fronted(encoder, digits[:500], patience=2)
+    with pytest.raises(InputError, match="'front' does not exist"):
+        clusterer(encoder, **HOW, rule="front").fit(digits[:500])
+    with pytest.raises(InputError, match="no exit point"):
+        clusterer(encoder, **HOW, exits=[]).fit(digits[:500])
