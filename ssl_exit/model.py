@@ -18,7 +18,7 @@ from ssl_exit.cascade.times import StageTimes, stage_times
 from ssl_exit.data.hashes import module_hash, settings_hash, tensors_hash, watched_hash
 from ssl_exit.data.images import Batch
 from ssl_exit.data.preprocessing import Preprocessing
-from ssl_exit.encoders.front import Front
+from ssl_exit.encoders.front import FrontDescriptor
 from ssl_exit.encoders.inference import usable_device
 from ssl_exit.encoders.tapped import TappedEncoder
 from ssl_exit.errors import InputError
@@ -125,7 +125,7 @@ class Model:
         path: threshold settings that calibration considered, (S, E, K), surest first.
         path_disagreement: share of the certifying images each of them gives another label, (S,).
         provenance: what it was fitted to.
-        encoder_hash: of the encoder when the cascade was cut.
+        cut_hash: of the encoder and the fronts when the cascade was cut (see `hash_of_cut`).
         fronts: networks before the encoder, in float32 on the CPU.
     """
 
@@ -139,8 +139,8 @@ class Model:
     path: np.ndarray
     path_disagreement: np.ndarray
     provenance: Provenance
-    encoder_hash: str
-    fronts: tuple[Front, ...] = ()
+    cut_hash: str
+    fronts: tuple[FrontDescriptor, ...] = ()
 
     @cached_property
     def plan(self) -> Plan:
@@ -188,7 +188,9 @@ class Model:
         names, macs = exits.exit_names[:-1], old.staged.macs
         tapped = _cut(self.encoder, self.fronts, self.settings, self.image_shape, names, kinds, old.accumulate, macs)
         closed = Cascade.closed(tapped.to(old.device), exits.rules, exits.final, exits.across)
-        return replace(self, cascade=replace(closed, times=exits.times), encoder_hash=module_hash(self.encoder))
+        return replace(
+            self, cascade=replace(closed, times=exits.times), cut_hash=hash_of_cut(self.encoder, self.fronts)
+        )
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """All but the encoder: what JSON can hold, and tensors by name; `from_state` is the inverse."""
@@ -203,7 +205,7 @@ class Model:
         if cascade.times is not None:
             tensors |= {f"times.{k}": torch.from_numpy(v.copy()) for k, v in vars(cascade.times).items()}
         about = {
-            "encoder": {"spec": self.spec, "class": type(self.encoder).__name__, "hash": self.encoder_hash},
+            "encoder": {"spec": self.spec, "class": type(self.encoder).__name__, "hash": self.cut_hash},
             "settings": self.settings.to_dict(),
             "preprocessing": self.preprocessing.to_dict() if self.preprocessing else None,
             "image": list(self.image_shape),
@@ -245,7 +247,7 @@ class Model:
         settings = settings or Settings.from_dict(about["settings"])
         image, exits = tuple(about["image"]), settings.exits
         fronts = tuple(
-            _filled(Front.from_config(config, front), _under(tensors, f"fronts.{i}."))
+            _filled(FrontDescriptor.from_config(config, front), _under(tensors, f"fronts.{i}."))
             for i, config in enumerate(about["fronts"])
         )
         kinds, macs = about["descriptors"], about["macs"]
@@ -286,7 +288,7 @@ class Model:
             path=tensors["path"].numpy(),
             path_disagreement=tensors["path_disagreement"].numpy(),
             provenance=used,
-            encoder_hash=about["encoder"]["hash"],
+            cut_hash=about["encoder"]["hash"],
             fronts=fronts,
         )
 
@@ -295,6 +297,11 @@ class Model:
         classes = {type(part) for rule in self.cascade.rules for part in rule.modules() if isinstance(part, ExitRule)}
         own = next((f.network for f in self.fronts if f.config["network"] is None), None)
         return _unpickled, (tuple(classes), self.encoder, own, *self.state())
+
+
+def hash_of_cut(encoder: nn.Module, fronts: Sequence[FrontDescriptor]) -> str:
+    """SHA-256 of all weights that a cascade is cut from."""
+    return settings_hash([module_hash(module) for module in (encoder, *fronts)])
 
 
 def _unpickled(
@@ -306,7 +313,7 @@ def _unpickled(
 
 def _cut(
     encoder: nn.Module,
-    fronts: Sequence[Front],
+    fronts: Sequence[FrontDescriptor],
     settings: Settings,
     image: tuple[int, ...],
     exits: Sequence[str],
@@ -331,7 +338,7 @@ def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
 
 
-def _filled(front: Front, weights: Mapping[str, Tensor]) -> Front:
+def _filled(front: FrontDescriptor, weights: Mapping[str, Tensor]) -> FrontDescriptor:
     """A front with these weights, in eval mode.
 
     Raises:

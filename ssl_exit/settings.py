@@ -149,10 +149,9 @@ class Front(Group):
         side: pixels a side that the front sees at most; larger images are averaged down by a whole factor.
         epochs: passes over the images, at most.
         seconds: of teaching, at most, for all fronts together.
-        patience: epochs without a growing saving on images kept out, after which teaching ends; 0 never stops
-            early.
-        sharpness: power of the soft assignments that are taught; the larger, the surer.
-        mirror: an image and its mirror image mean the same; turn it off for writing.
+        patience: epochs without a growing saving on validation images, after which teaching ends; 0 never stops early.
+        sharpness: power of the soft assignments that are taught.
+        mirror: teach mirrored images too; turn it off where left and right matter, as in writing.
         learning_rate: its peak, for batches of 256 images.
         folder: for checkpoints; a fit that was interrupted goes on from the last one.
         network: a torch.nn.Module of your own, images to features, (N, D); it is copied, never changed.
@@ -177,6 +176,8 @@ class Front(Group):
         super().__post_init__()
         if not self.shares or not all(0 < share < 1 for share in self.shares):
             raise InputError(f"macs (--front_macs) must be shares in (0, 1); got {self.macs!r}")
+        if self.network is not None and self.kind != "module":
+            raise InputError(f'a network of your own needs front="module"; got {self.kind!r}')
 
     @classmethod
     def of(cls, value: Any) -> "Front":
@@ -188,7 +189,8 @@ class Front(Group):
     @property
     def shares(self) -> list[float]:
         """Of the encoder's multiply-adds, one a front."""
-        return [float(self.macs)] if isinstance(self.macs, (int, float)) else [float(share) for share in self.macs]
+        several = self.macs if isinstance(self.macs, (list, tuple)) else [self.macs]
+        return [float(share) for share in several]
 
 
 @dataclass(frozen=True)

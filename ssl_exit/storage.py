@@ -74,8 +74,8 @@ def load_model(
     spec = about["encoder"]["spec"]
     if encoder is None and spec is None:
         raise InputError(
-            f"model {str(folder)!r} was fitted with a {about['encoder']['class']} passed as a module: "
-            "load(folder, encoder=that module)"
+            f"model {str(folder)!r} was fitted with a {about['encoder']['class']} passed as an object: "
+            "load(folder, encoder=that module or callable)"
         )
     with torch.random.fork_rng(devices=[]):  # weights drawn here are replaced
         filled = copy.deepcopy(EncoderSpec(spec).build() if encoder is None else as_module(encoder)).cpu().eval()

@@ -53,7 +53,7 @@ class ExitClusterer(ClusterMixin, Fitted):
         confidence: with which that must hold, in (0, 1); 0.5 asks for no safety margin. Default 0.95.
         batch_size: images a stage runs on at a time. Default 256.
         device: "auto" (default: CUDA where there is one), or what torch.device takes.
-        random_state: seed of the hold-out split, of the order of images in fit, and of k-means. Default 0.
+        random_state: seed of the hold-out split, of the order of images in fit, of k-means and of teaching. Default 0.
         clusters: `Clusters`: spherical, supervised.
         calibration: a guarantee by name, or `Calibration`: guarantee, thresholds, cost, holdout, audit, false_alarm.
         runtime: `Runtime`: precision, compile, num_workers, progress.
@@ -74,7 +74,9 @@ class ExitClusterer(ClusterMixin, Fitted):
         `ssl_exit.load` reads a saved model. docs/parameters.md lists every field of every group.
 
     Notes:
-        fit() passes once over the images (twice with `Rule.mirror`), and times stages on one batch. It holds in
+        fit() passes once over the images (twice with `Rule.mirror`), and times stages on one batch. With a front it
+        passes once more with the full encoder, keeps the images in half precision where they take less than a quarter
+        of the memory, and their soft assignments twice, and passes over them in every epoch. It holds in
         memory, beside one batch and the data themselves: the descriptors and final features of a random sample
         (10,000 images, or 256 a cluster if that is more; 50,000 for trained heads, with their soft assignments; up to
         512 MB of descriptors), on whose first part k-means runs; one D x D scatter of the accumulated descriptor;

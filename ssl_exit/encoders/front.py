@@ -5,18 +5,21 @@ first exit of the cascade; nothing of the encoder has run when it answers.
 """
 
 import copy
+import warnings
 from collections.abc import Callable, Mapping, Sequence
+from itertools import takewhile
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
+from ssl_exit.encoders.counting import counted
+from ssl_exit.encoders.graph import eval_mode
 from ssl_exit.encoders.inference import PRECISIONS, for_inference
 from ssl_exit.errors import InputError
 
-WIDEST_FRONT = 256  # channels of the first convolution
+LEAST_WIDTH, WIDEST_FRONT = 8, 256  # channels of the first convolution
 
 
 class ResidualBlock(nn.Module):
@@ -65,7 +68,7 @@ class FrontNetwork(nn.Module):
         return self.blocks(self.stem(x)).mean((2, 3))
 
 
-class Front(nn.Module):
+class FrontDescriptor(nn.Module):
     """A network on images, averaged down to at most `side` pixels; a descriptor at the input.
 
     Attributes:
@@ -85,23 +88,20 @@ class Front(nn.Module):
         self.dim, self.macs = self._measured()
 
     def _measured(self) -> tuple[int, int]:
-        was = self.network.training
-        self.network.eval()
         try:
-            with torch.no_grad(), FlopCounterMode(display=False) as counter:
-                features = self(torch.zeros(2, *self.image_shape))
-        except (RuntimeError, ValueError, TypeError) as error:
+            with eval_mode(self):
+                features, macs = counted(self, torch.zeros(2, *self.image_shape))
+        except (RuntimeError, ValueError, TypeError, AttributeError) as error:
             raise InputError(
                 f"the front cannot take images of shape {self.image_shape}, averaged down to at most {self.side} "
-                f"pixels a side: {error}"
+                f"pixels a side, to one tensor of features: {error}"
             ) from error
-        self.network.train(was)
         if features.dim() != 2 or len(features) != 2:
             raise InputError(
                 f"a front must return one vector of features an image, (N, D); it returned {tuple(features.shape)} "
                 "for two images"
             )
-        return features.shape[1], counter.get_total_flops() // 4  # a multiply-add is two operations, and two images ran
+        return features.shape[1], macs
 
     def reduced(self, images: Tensor) -> Tensor:
         """Images averaged down by a whole factor: (N, C, H, W) -> (N, C, h, w) with h, w <= side."""
@@ -109,14 +109,17 @@ class Front(nn.Module):
         return F.avg_pool2d(images, factor, ceil_mode=True) if factor > 1 else images
 
     def forward(self, images: Tensor) -> Tensor:
-        """Features, (N, dim) float32."""
-        return self.network(self.reduced(images)).float()
+        """Features, (N, dim) float32, in memory of their own; the images stay as they are."""
+        seen, own = self.reduced(images), isinstance(self.network, FrontNetwork)
+        if seen is images and not own:  # another network may work in place
+            seen = images.clone()
+        return self.network(seen).to(torch.float32, copy=not own)
 
-    def for_inference(self, precision: str) -> "Front":
+    def for_inference(self, precision: str) -> "FrontDescriptor":
         """A copy rewritten for speed where it then computes the same; this one is left unchanged."""
         noise = torch.randn(2, *self.image_shape, generator=torch.Generator().manual_seed(0))
 
-        def rewritten(dtype: torch.dtype, rewrite: bool) -> Front:
+        def rewritten(dtype: torch.dtype, rewrite: bool) -> FrontDescriptor:
             result = copy.copy(self)
             result._modules = {"network": for_inference(self.network, dtype, rewrite=rewrite)}
             return result.eval()
@@ -130,7 +133,7 @@ class Front(nn.Module):
         return rewritten(PRECISIONS[precision], same)
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any], network: nn.Module | None = None) -> "Front":
+    def from_config(cls, config: Mapping[str, Any], network: nn.Module | None = None) -> "FrontDescriptor":
         """What `config` described; a network that is not this library's must be passed.
 
         Raises:
@@ -138,7 +141,10 @@ class Front(nn.Module):
         """
         if config["network"] is None and network is None:
             raise InputError("this model has a front of your own: load(folder, front=that module)")
-        built = FrontNetwork(**config["network"]) if network is None else copy.deepcopy(network)
+        if config["network"] is not None and network is not None:
+            raise InputError("this model has no front of your own; leave front out")
+        with torch.random.fork_rng(devices=[]):  # weights drawn here are replaced
+            built = FrontNetwork(**config["network"]) if network is None else copy.deepcopy(network).cpu()
         return cls(built, config["image_shape"], config["side"])
 
     @property
@@ -154,8 +160,8 @@ def widest_front(
     depth: int,
     macs: float,
     width: int | None,
-    affordable: Callable[[Front], bool],
-) -> Front:
+    affordable: Callable[[FrontDescriptor], bool],
+) -> FrontDescriptor:
     """The widest front within so many multiply-adds and within what else is affordable; at least 8 channels wide.
 
     Args:
@@ -167,12 +173,18 @@ def widest_front(
         affordable: tells whether a front is not too slow; asked from the widest down.
     """
 
-    def front(width: int) -> Front:
-        return Front(FrontNetwork(image_shape[0], width, depth), image_shape, side)
+    def front(width: int) -> FrontDescriptor:
+        return FrontDescriptor(FrontNetwork(image_shape[0], width, depth), image_shape, side)
 
     if width is not None:
         return front(width)
-    widths = [width for width in range(8, WIDEST_FRONT + 1, 4) if front(width).macs <= macs] or [8]
-    while len(widths) > 1 and not affordable(front(widths[-1])):
+    widths = list(takewhile(lambda w: front(w).macs <= macs, range(LEAST_WIDTH, WIDEST_FRONT + 1, 4))) or [LEAST_WIDTH]
+    while not affordable(chosen := front(widths[-1])) and len(widths) > 1:
         widths = widths[: max(1, int(len(widths) * 0.8))]
-    return front(widths[-1])
+    if chosen.macs > macs or not affordable(chosen):
+        warnings.warn(
+            f"the narrowest front, {LEAST_WIDTH} channels, takes more multiply-adds or time than asked for: raise macs "
+            "or time, or do without on so small an encoder",
+            stacklevel=2,
+        )
+    return chosen

@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from ssl_exit.encoders.counting import NoFusedAttention
 from ssl_exit.encoders.opaque import OpaqueEncoder
 from ssl_exit.errors import InputError
 
@@ -253,7 +253,7 @@ class _Meter(fx.Interpreter):
     def measure(self, images: Tensor) -> dict[fx.Node, tuple[tuple[int, ...] | None, int]]:
         self.seen: dict[fx.Node, tuple[tuple[int, ...] | None, int]] = {}
         try:
-            with torch.no_grad(), _NoFusedAttention():
+            with torch.no_grad(), NoFusedAttention():
                 self.run(images)
         except Exception as error:
             raise InputError(
@@ -268,13 +268,6 @@ class _Meter(fx.Interpreter):
         shape = tuple(value.shape) if isinstance(value, Tensor) and value.is_floating_point() else None
         self.seen[n] = (shape, counter.get_total_flops())
         return value
-
-
-class _NoFusedAttention(TorchFunctionMode):
-    """In any function mode torch leaves out its fused transformer kernels, whose operations are not counted."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return func(*args, **(kwargs or {}))
 
 
 def stage_nodes(traced: TracedEncoder, exits: Sequence[fx.Node]) -> Iterator[list[fx.Node]]:

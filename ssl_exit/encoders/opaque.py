@@ -1,12 +1,14 @@
 """Encoders that cannot be cut: run as one stage behind a front."""
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
+from ssl_exit.encoders.counting import counted
 from ssl_exit.errors import InputError
 
 OUTPUTS = ("pooler_output", "image_embeds", "last_hidden_state", "logits")  # of transformers, in order of preference
@@ -32,11 +34,8 @@ class OpaqueEncoder(nn.Module):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "OpaqueEncoder":
         """Copies share a callable that is no module: a session or a client cannot be copied."""
-        if not isinstance(self.function, nn.Module):
-            return OpaqueEncoder(self.function)
-        import copy
-
-        return OpaqueEncoder(copy.deepcopy(self.function, memo))
+        own = isinstance(self.function, nn.Module)
+        return OpaqueEncoder(copy.deepcopy(self.function, memo) if own else self.function)
 
 
 def features_of(result: Any, images: Tensor) -> Tensor:
@@ -45,11 +44,9 @@ def features_of(result: Any, images: Tensor) -> Tensor:
     Raises:
         InputError: there is none, or its first dimension is not the batch.
     """
-    value = result
-    if isinstance(value, Mapping) or any(getattr(value, name, None) is not None for name in OUTPUTS):
-        named = value if isinstance(value, Mapping) else vars(value)
-        value = next((named[name] for name in OUTPUTS if named.get(name) is not None), None)
-    elif isinstance(value, Sequence) and len(value):
+    read = result.get if isinstance(result, Mapping) else partial(getattr, result)
+    value = next((each for name in OUTPUTS if (each := read(name, None)) is not None), result)
+    if isinstance(value, Sequence) and len(value):
         value = value[0]
     if not isinstance(value, Tensor) and hasattr(value, "__array__"):
         value = torch.as_tensor(value.__array__())
@@ -69,8 +66,7 @@ def multiply_adds(module: nn.Module, example: Tensor) -> int:
         InputError: the encoder does not take such images.
     """
     try:
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            module(example[:1].expand(2, *example.shape[1:]).clone())
+        return counted(module, example[:1].expand(2, *example.shape[1:]).clone())[1]
     except InputError:
         raise
     except Exception as error:  # whatever the encoder's own code raises
@@ -78,4 +74,3 @@ def multiply_adds(module: nn.Module, example: Tensor) -> int:
             f"the encoder cannot take images of shape {tuple(example.shape[1:])} and dtype {example.dtype}: {error}. "
             "Use images as the encoder expects them (size, channels, dtype)"
         ) from error
-    return counter.get_total_flops() // 4

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ssl_exit.encoders.descriptors import Descriptor, layout_of
-from ssl_exit.encoders.front import Front
+from ssl_exit.encoders.front import FrontDescriptor
 from ssl_exit.encoders.graph import eval_mode
 from ssl_exit.encoders.inference import PRECISIONS, for_inference
 from ssl_exit.encoders.stages import WIDEST, StagedEncoder, behind, split
@@ -33,7 +33,7 @@ class TappedEncoder(nn.Module):
     def __init__(
         self,
         staged: StagedEncoder,
-        descriptors: Sequence[Descriptor | Front],
+        descriptors: Sequence[Descriptor | FrontDescriptor],
         output: Descriptor,
         accumulate: bool,
         dtype: torch.dtype = torch.float32,
@@ -42,7 +42,7 @@ class TappedEncoder(nn.Module):
         super().__init__()
         self.staged = staged
         self.descriptors = list(descriptors)
-        self.fronts = nn.ModuleList(d for d in descriptors if isinstance(d, Front))
+        self.fronts = nn.ModuleList(d for d in descriptors if isinstance(d, FrontDescriptor))
         self.output = output
         self.accumulate = accumulate
         self.dtype, self.channels_last = dtype, channels_last
@@ -63,7 +63,7 @@ class TappedEncoder(nn.Module):
         descriptor: str | Sequence[str] = "auto",
         accumulate: bool = True,
         normalize: bool = False,
-        fronts: Sequence[Front] = (),
+        fronts: Sequence[FrontDescriptor] = (),
     ) -> "TappedEncoder":
         """Cut an encoder and choose its descriptors; parameters are shared with it.
 
@@ -100,9 +100,9 @@ class TappedEncoder(nn.Module):
             kinds = [descriptor] * len(shapes) if isinstance(descriptor, str) else list(descriptor)
             if len(kinds) != len(shapes):
                 raise InputError(f"got {len(kinds)} descriptors for {len(shapes)} exits; expected one for each exit")
-        descriptors: list[Descriptor | Front] = [*fronts]
+        descriptors: list[Descriptor | FrontDescriptor] = [*fronts]
         descriptors += [Descriptor(*args, normalize) for args in zip(kinds, shapes, layouts, strict=True)]
-        accumulate = accumulate and sum(d.dim for d in descriptors) <= WIDEST
+        accumulate = accumulate and sum(d.dim for d in descriptors[len(fronts) :]) <= WIDEST
         with torch.no_grad(), eval_mode(staged):
             shape = tuple(staged(example[:1]).shape[1:])
         layout = layout_of(shape, image)
@@ -133,7 +133,7 @@ class TappedEncoder(nn.Module):
                 same = False
             copied = self._copied(precision, rewrite=same)
             try:
-                copied.final_features(copied.enter(noise))
+                copied(copied.enter(noise))
             except RuntimeError as error:
                 reason = str(error).splitlines()[0]
                 raise InputError(f"the encoder does not run in {precision} ({reason}); use float32") from error
@@ -143,8 +143,7 @@ class TappedEncoder(nn.Module):
         dtype = PRECISIONS[precision]
         stages = [for_inference(stage, dtype, rewrite=rewrite) for stage in self.staged.stages]
         staged = StagedEncoder(stages, self.staged.exit_points, self.staged.macs)
-        names = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
-        descriptors = [d.for_inference(names[dtype]) if isinstance(d, Front) else d for d in self.descriptors]
+        descriptors = [d.for_inference(precision) if isinstance(d, FrontDescriptor) else d for d in self.descriptors]
         return TappedEncoder(staged, descriptors, self.output, self.accumulate, dtype, rewrite).eval()
 
     def enter(self, images: Tensor) -> Tensor:

@@ -27,8 +27,13 @@ class Final(nn.Module, ABC):
         """Multiply-adds per image."""
 
     @abstractmethod
-    def soft(self, features: Tensor) -> Tensor:
-        """Soft assignment, rows of sum 1: (N, F) -> (N, K); trained heads may learn from it."""
+    def soft(self, features: Tensor, among: Tensor | None = None) -> Tensor:
+        """Soft assignment, rows of sum 1: (N, F) -> (N, K); trained heads and fronts learn from it.
+
+        Args:
+            features: of the images.
+            among: features, (M, F), that set the scale of distances; None: those of the images.
+        """
 
     @abstractmethod
     def forward(self, features: Tensor) -> Tensor:
@@ -64,7 +69,7 @@ class FinalClasses(Final):
     def macs(self) -> int:
         return 0
 
-    def soft(self, features: Tensor) -> Tensor:
+    def soft(self, features: Tensor, among: Tensor | None = None) -> Tensor:
         return torch.softmax(features, dim=1)
 
     def forward(self, features: Tensor) -> Tensor:
@@ -101,12 +106,12 @@ class FinalClusters(Final):
     def macs(self) -> int:
         return self.centroids.numel()
 
-    def soft(self, features: Tensor) -> Tensor:
+    def soft(self, features: Tensor, among: Tensor | None = None) -> Tensor:
         """softmax(cosine to the centroids / 0.1); if not spherical, of -squared distance / its mean to the nearest."""
         if self.spherical:
             return torch.softmax(F.normalize(features, dim=1) @ self.centroids.T / TEMPERATURE, dim=1)
-        squared = squared_distances(features, self.centroids)
-        return torch.softmax(-squared / squared.min(1).values.mean().clamp(min=1e-12), dim=1)
+        scale = squared_distances(features if among is None else among, self.centroids).min(1).values.mean()
+        return torch.softmax(-squared_distances(features, self.centroids) / scale.clamp(min=1e-12), dim=1)
 
     def forward(self, features: Tensor) -> Tensor:
         """Labels, (N,) int64, of final features, (N, D); -1 where a feature is not finite."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ssl_exit.cascade.cascade import Cascade
-from ssl_exit.data.hashes import SeenImages, images_hash, module_hash, unseen
+from ssl_exit.data.hashes import SeenImages, images_hash, unseen
 from ssl_exit.data.images import Batch, ImageSource
 from ssl_exit.data.reading import read
 from ssl_exit.errors import InputError
@@ -16,7 +16,7 @@ from ssl_exit.exits.certificate import Certificate, SettingCounts, certify, clos
 from ssl_exit.exits.thresholds import Recorded, threshold_path
 from ssl_exit.fitting.place import choose
 from ssl_exit.fitting.record import Logits, fit_temperatures, mean_probabilities, record, record_logits
-from ssl_exit.model import Model
+from ssl_exit.model import Model, hash_of_cut
 from ssl_exit.settings import Settings
 
 LOGITS_BYTES = 1 << 28  # for the logits of the images that shape the threshold path
@@ -176,7 +176,7 @@ def calibrate(model: Model, read: Read, held: tuple[np.ndarray, np.ndarray], set
         ),
         path=path.settings,
         path_disagreement=counts.disagreements / len(proof) if len(proof) else np.full(len(path.settings), np.nan),
-        encoder_hash=module_hash(model.encoder),
+        cut_hash=hash_of_cut(model.encoder, model.fronts),
     )
     issued_for = new.hashes() | {"images": images_hash(SeenImages(certified).hashes)}
     used = replace(model.provenance, shaped=SeenImages(shaped).hashes, calibration_skipped=skipped | more)

@@ -120,7 +120,8 @@ class Collected:
             seen = every[0].leading(dim) if tapped.accumulate else every[i]
             data.append(FitData(seen, self.descriptors[:, columns], self.labels, self.soft, seed))
         learning, costs = rules[taught:], exit_costs(tapped, rules, self.final)[taught:]
-        type(learning[0]).fit_all(learning, data[taught:], costs)
+        if learning:
+            type(learning[0]).fit_all(learning, data[taught:], costs)
         return Cascade.closed(tapped, rules, self.final, across)
 
 

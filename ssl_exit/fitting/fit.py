@@ -9,14 +9,14 @@ from torch import Tensor, nn
 
 from ssl_exit.cascade.cascade import Cascade
 from ssl_exit.cascade.times import stage_times
-from ssl_exit.data.hashes import SeenImages, module_hash, noted
+from ssl_exit.data.cache import CachedImages
+from ssl_exit.data.hashes import SeenImages, noted
 from ssl_exit.data.images import ImageSource, mirrored
-from ssl_exit.data.kept import Kept
 from ssl_exit.data.preprocessing import Preprocessing
 from ssl_exit.data.reading import first_images
-from ssl_exit.encoders.front import Front
+from ssl_exit.encoders.front import FrontDescriptor
 from ssl_exit.encoders.inference import usable_device
-from ssl_exit.encoders.stages import MOST_EXITS
+from ssl_exit.encoders.stages import MOST_EXITS, WIDEST
 from ssl_exit.encoders.tapped import TappedEncoder
 from ssl_exit.errors import InputError
 from ssl_exit.exits.across import AcrossExits
@@ -26,10 +26,10 @@ from ssl_exit.exits.rules import ExitRule
 from ssl_exit.exits.thresholds import Recorded
 from ssl_exit.fitting.calibrate import Read, calibrate, reader, split_held_out, work
 from ssl_exit.fitting.count import Collected, collect
-from ssl_exit.fitting.front import TaughtFronts, teach_fronts
+from ssl_exit.fitting.front import TaughtFronts, sized_fronts, teach_fronts
 from ssl_exit.fitting.place import choose
 from ssl_exit.fitting.record import fit_temperatures, record_logits
-from ssl_exit.model import ExitChoice, Model, Provenance
+from ssl_exit.model import ExitChoice, Model, Provenance, hash_of_cut
 from ssl_exit.settings import Settings
 
 
@@ -67,10 +67,11 @@ def fit(
     if points == "auto" and settings.front.kind != "none":
         points = []  # exits behind a front would add work and save nothing (docs/front.md)
     if settings.front.kind != "none":
-        _check_patience(settings, len(settings.front.shares) + len(points))  # before teaching
         bare = cut([], settings.exits.descriptor)
-        kept = Kept(source, shape, settings.front.side)
-        taught = teach_fronts(bare, images(fitted, "fit"), kept, example, settings, classes)
+        untaught = sized_fronts(bare, example, settings)
+        _check_fronts(cut(points, settings.exits.descriptor, settings.exits.accumulate, untaught), settings)
+        cache = CachedImages(source, shape, settings.front.side)
+        taught = teach_fronts(untaught, bare, images(fitted, "fit"), cache, settings, classes)
     if len(points):
         cascade, provenance = _with_exits(cut, points, images, fitted, parts[0], taught, classes)
     else:
@@ -81,7 +82,7 @@ def fit(
     _, certificate = certify(path, nothing, cascade.costs, settings.max_disagreement, settings.confidence)
     model = Model(
         encoder, spec, cascade, settings, preprocessing, shape, certificate, path, np.full(1, np.nan), provenance,
-        module_hash(encoder), taught.fronts,
+        hash_of_cut(encoder, taught.fronts), taught.fronts,
     )  # fmt: skip
     model = calibrate(model, images, parts, settings)
     used = model.provenance
@@ -93,7 +94,7 @@ def fit(
 def recalibrate(model: Model, source: ImageSource, settings: Settings) -> Model:
     """Set thresholds and certificate anew, from images that the fit did not see (see `calibrate`)."""
     order = np.random.default_rng(settings.random_state).permutation(len(source))
-    if module_hash(model.encoder) != model.encoder_hash:  # a certificate is about both, encoder and what runs
+    if hash_of_cut(model.encoder, model.fronts) != model.cut_hash:  # a certificate is about both, weights and what runs
         model = model.recut()
     held = split_held_out(order, logits_per_image(model.settings))
     return calibrate(model, reader(source, settings, model.image_shape), held, settings)
@@ -106,6 +107,16 @@ def logits_per_image(settings: Settings) -> int:
     fronts = 0 if front.kind == "none" else len(front.shares)
     exits = fronts + (len(points) if not isinstance(points, str) else 0 if fronts else MOST_EXITS)
     return exits * len(rule_classes(settings.rule.name)) * (settings.n_clusters + 1)
+
+
+def _check_fronts(tapped: TappedEncoder, settings: Settings) -> None:
+    """Raise InputError, before fronts are taught, where exits behind them cannot be what was asked for."""
+    _check_patience(settings, len(tapped.seen))
+    if settings.exits.accumulate and not tapped.accumulate and len(tapped.fronts) > 1:
+        raise InputError(
+            f"descriptors of the exits have more than {WIDEST} entries and cannot accumulate; with several fronts set "
+            'descriptor="average", name fewer exits, or set accumulate=False'
+        )
 
 
 def _check_patience(settings: Settings, n_exits: int) -> None:
@@ -128,7 +139,7 @@ class _Cutter:
         points: str | Sequence[str],
         descriptor: str | Sequence[str],
         accumulate: bool = True,
-        fronts: Sequence[Front] = (),
+        fronts: Sequence[FrontDescriptor] = (),
     ) -> TappedEncoder:
         tapped = TappedEncoder.build(
             self.encoder,
@@ -151,9 +162,9 @@ class _Cutter:
         by that of the fronts."""
         times = stage_times(cascade.tapped, cascade.rules, cascade.final, self.example)
         staged = cascade.tapped.staged
-        if sum(staged.macs) == 0:
-            fronts = [d for d in cascade.tapped.descriptors if isinstance(d, Front)]
-            rate = sum(front.macs for front in fronts) / times.exit_seconds[: len(fronts)].sum()
+        fronts = [d for d in cascade.tapped.descriptors if isinstance(d, FrontDescriptor)]
+        if sum(staged.macs) == 0 and fronts:
+            rate = max(1, sum(front.macs for front in fronts)) / times.exit_seconds[: len(fronts)].sum()
             staged.macs = [*staged.macs[:-1], max(1, round(rate * times.stage_seconds[-1]))]
         return cascade.timed(times)
 

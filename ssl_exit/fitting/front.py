@@ -1,30 +1,30 @@
 """Fronts in a fit: what the full encoder says of every image, the size of a front, and teaching it."""
 
+import copy
 import time
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssl_exit.cascade.cascade import describe
 from ssl_exit.cascade.times import now
-from ssl_exit.data.hashes import image_hashes, images_hash, module_hash
+from ssl_exit.data.cache import CachedImages
+from ssl_exit.data.hashes import images_hash, module_hash, noted
 from ssl_exit.data.images import Batch
-from ssl_exit.data.kept import Kept
-from ssl_exit.encoders.front import Front, widest_front
+from ssl_exit.encoders.front import FrontDescriptor, widest_front
 from ssl_exit.encoders.tapped import TappedEncoder
 from ssl_exit.errors import InputError
 from ssl_exit.exits.final import Final
 from ssl_exit.exits.front import FrontRule
 from ssl_exit.fitting.sample import Sample, clustered_images, final_clusters
 from ssl_exit.model import Teaching
-from ssl_exit.settings import Clusters, Settings
+from ssl_exit.settings import Clusters, Front, Settings
 
 CHUNK = 65_536  # rows of soft assignments sharpened at a time
 TIMED = 5  # runs, of which the fastest counts
@@ -68,9 +68,9 @@ def assign(
     clusters: Clusters,
     seed: int,
     mirror: bool = True,
-    keep: Kept | None = None,
+    final: Final | None = None,
 ) -> Assigned:
-    """Find final clusters from the first images, and the full encoder's soft assignment of all, in one pass.
+    """The full encoder's soft assignment of all images in one pass; final clusters are found from the first ones.
 
     Args:
         tapped: the encoder, on the device to use; its exits are not asked.
@@ -80,7 +80,7 @@ def assign(
         clusters: what the full encoder answers.
         seed: of k-means.
         mirror: average over the image and its mirror image.
-        keep: where to keep images for teaching.
+        final: final clusters that are known already, such as those that all shards share.
 
     Raises:
         InputError: fewer usable images than clusters, or, in the supervised mode, another number of logits.
@@ -88,7 +88,7 @@ def assign(
     begun, wanted = time.perf_counter(), clustered_images(n_clusters)
     skipped: dict[int, str] = {}
     hashes: list[np.ndarray] = [np.empty(0, np.uint64)]
-    stream = _features(tapped, batches, mirror, skipped, hashes, keep)
+    stream = _features(tapped, noted(batches, hashes), mirror, skipped)
     first: list[tuple[Tensor, Tensor]] = []
     for each in stream:
         first.append(each)
@@ -96,31 +96,23 @@ def assign(
             break
     features = torch.cat([torch.empty(0, tapped.output.dim), *(features[:, 0] for _, features in first)])
     sample = Sample(np.zeros(len(features), np.uint64), torch.arange(len(features)), features[:, :0], features)
-    final = final_clusters(sample, n_clusters, clusters, seed)
+    final = final or final_clusters(sample, n_clusters, clusters, seed)
     soft = torch.zeros(n, n_clusters, dtype=torch.float16)
     labels = torch.full((n,), -1)
-    for indices, features in chain(first, stream):
-        labels[indices] = final(features[:, 0])
-        soft[indices] = final.soft(features.flatten(0, 1)).view(*features.shape[:2], -1).mean(1).half()
+    for indices, seen in chain(first, stream):
+        labels[indices] = final(seen[:, 0])
+        each_way = final.soft(seen.flatten(0, 1), features).view(*seen.shape[:2], -1)
+        soft[indices] = each_way.mean(1).half()
     n_clustered = 0 if clusters.supervised else min(len(sample), wanted)
     seconds = time.perf_counter() - begun
     return Assigned(final, soft, labels, np.unique(np.concatenate(hashes)), skipped, n_clustered, seconds)
 
 
 def _features(
-    tapped: TappedEncoder,
-    batches: Iterable[Batch],
-    mirror: bool,
-    skipped: dict[int, str],
-    hashes: list[np.ndarray],
-    keep: Kept | None,
+    tapped: TappedEncoder, batches: Iterable[Batch], mirror: bool, skipped: dict[int, str]
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Positions, (N,), and final features of images and, where wanted, of the same mirrored, (N, 1 or 2, F)."""
     for batch in batches:
-        if len(batch.indices):
-            hashes.append(image_hashes(batch.images))
-        if keep is not None:
-            keep.add(batch)
         flipped = [batch.images.flip(-1)] if mirror and len(batch.indices) else []  # before an encoder changes them
         (one,) = describe(tapped, [batch])
         skipped |= one.skipped
@@ -129,14 +121,12 @@ def _features(
         with torch.inference_mode():
             ways += [tapped.final_features(tapped.enter(images[rows])).cpu() for images in flipped]
         if len(one.indices):  # where the mirrored image fails, the image stands for it
-            yield (
-                one.indices,
-                torch.stack([torch.where(way.isfinite().all(1)[:, None], way, ways[0]) for way in ways], 1),
-            )
+            usable = [torch.where(way.isfinite().all(1)[:, None], way, ways[0]) for way in ways]
+            yield one.indices, torch.stack(usable, dim=1)
 
 
-def sized_fronts(tapped: TappedEncoder, example: Tensor, settings: Settings) -> list[Front]:
-    """Untaught fronts: the user's own, or as wide as the budgets of multiply-adds and time allow.
+def sized_fronts(tapped: TappedEncoder, example: Tensor, settings: Settings) -> list[FrontDescriptor]:
+    """Untaught fronts: the user's own, as checkpoints have them, or as wide as multiply-adds and time allow.
 
     Args:
         tapped: the encoder, on the device to use.
@@ -147,22 +137,40 @@ def sized_fronts(tapped: TappedEncoder, example: Tensor, settings: Settings) -> 
     if how.kind == "module":
         if not isinstance(how.network, nn.Module):
             raise InputError("a front of your own is a torch.nn.Module: ExitClusterer(encoder, front=that module)")
-        return [Front(how.network, shape, how.side)]
+        return [FrontDescriptor(copy.deepcopy(how.network).cpu(), shape, how.side)]
     encoder_macs = sum(tapped.staged.macs)
-    encoder_seconds = _seconds(lambda: tapped.final_features(tapped.enter(example)), tapped.device)
+    full = 0.0 if how.width else _seconds(lambda: tapped.final_features(tapped.enter(example)), tapped.device)
 
-    def affordable(front: Front) -> bool:
+    def affordable(front: FrontDescriptor) -> bool:
         runs = front.for_inference(settings.runtime.precision).to(tapped.device)
         seconds = _seconds(lambda: runs(tapped.enter(example)), tapped.device)
-        return seconds <= how.time / len(how.shares) * encoder_seconds
+        return seconds <= how.time / len(how.shares) * full
 
     fronts = []
-    for share in how.shares:
+    for i, share in enumerate(how.shares, start=1):
+        begun = _begun(how, i)
+        if begun is not None:  # its size may depend on times measured then
+            fronts.append(FrontDescriptor.from_config(begun))
+            continue
         macs = share * encoder_macs if encoder_macs else float("inf")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.random_state)
             fronts.append(widest_front(shape, how.side, how.depth, macs, how.width, affordable))
     return fronts
+
+
+def _folder(how: Front, i: int) -> Path | None:
+    return Path(how.folder) / f"front{i}" if how.folder else None
+
+
+def _begun(how: Front, i: int) -> dict[str, Any] | None:
+    """The configuration of the i-th front in its checkpoints, if there are any."""
+    folder = _folder(how, i)
+    if folder is None or not folder.is_dir():
+        return None
+    from ssl_exit.training.run import saved_settings
+
+    return saved_settings(folder).get("front")
 
 
 @torch.inference_mode()
@@ -181,52 +189,58 @@ def _seconds(call: Any, device: torch.device) -> float:
 class TaughtFronts:
     """Fronts in a row, their heads, how teaching them went, and what they were taught."""
 
-    fronts: tuple[Front, ...] = ()
+    fronts: tuple[FrontDescriptor, ...] = ()
     rules: tuple[FrontRule, ...] = ()
     teaching: tuple[Teaching, ...] = ()
     assigned: Assigned | None = None
 
 
 def teach_fronts(
+    untaught: Sequence[FrontDescriptor],
     tapped: TappedEncoder,
     batches: Iterable[Batch],
-    kept: Kept,
-    example: Tensor,
+    cache: CachedImages,
     settings: Settings,
     classes: np.ndarray | None = None,
 ) -> TaughtFronts:
-    """Size fronts, find the final clusters, and teach the fronts one after another; a later one's head sees the
-    features of those before it.
+    """Find the final clusters, and teach fronts one after another; a later one's head sees the features of those before
+    it where descriptors accumulate.
 
     Args:
+        untaught: see `sized_fronts`.
         tapped: the encoder, on the device to use.
         batches: images in random order.
-        kept: keeps them for teaching.
-        example: one batch of images, (N, C, H, W).
+        cache: keeps them for teaching.
         settings: all parameters.
         classes: in the supervised mode, the class of every image, (N,), which is taught instead, or None.
     """
     from ssl_exit.training.front import sharpened, teach
 
-    how = settings.front
-    untaught = sized_fronts(tapped, example, settings)
+    how, n = settings.front, len(cache.source)
     assigned = assign(
         tapped,
-        batches,
-        len(kept.source),
+        cache.add(batches),
+        n,
         n_clusters=settings.n_clusters,
         clusters=settings.clusters,
         seed=settings.random_state,
-        mirror=how.mirror,
-        keep=kept,
+        mirror=how.mirror and classes is None,
     )
+    about: dict[str, Any] = {
+        "images": images_hash(assigned.images),
+        "encoder": module_hash(tapped.staged),
+        "n_clusters": settings.n_clusters,
+        "clusters": asdict(settings.clusters),
+        "seed of clusters": settings.random_state,
+    }
     if classes is None:
         few = assigned.soft.split(CHUNK)  # in float32 all at once would take as much again
         targets = torch.cat([sharpened(rows.float(), how.sharpness).half() for rows in few])
     else:
-        targets = F.one_hot(torch.from_numpy(classes), settings.n_clusters).half()
-    images, result = kept.open(), TaughtFronts(assigned=assigned)
-    about = {"taught images": images_hash(assigned.images), "encoder": module_hash(tapped.staged)}
+        taught_classes = torch.from_numpy(classes)[:, None]
+        targets = torch.zeros_like(assigned.soft).scatter_(1, taught_classes, 1)
+        about["classes"] = images_hash(classes.astype(np.uint64) + np.arange(n, dtype=np.uint64) * settings.n_clusters)
+    images, result = cache.open(), TaughtFronts(assigned=assigned)
     for i, front in enumerate(untaught, start=1):
         taught = teach(
             front,
@@ -239,8 +253,8 @@ def teach_fronts(
             max_disagreement=settings.max_disagreement,
             seed=settings.random_state,
             device=settings.device.partition(":")[0],
-            about=about,
-            folder=Path(how.folder) / f"front{i}" if how.folder else None,
+            about=about | {"front": front.config, "before": [one.config for one in result.fronts]},
+            folder=_folder(how, i),
             progress=settings.runtime.progress,
         )
         spent = taught.seconds + (assigned.seconds if i == 1 else 0.0)

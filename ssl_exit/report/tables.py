@@ -50,11 +50,11 @@ def summary(evaluation: Evaluation) -> str:
         )
     lines.append(evaluation.verdict)
     if evaluation.teaching_seconds:
-        lines.append(_paid(evaluation.teaching_seconds, evaluation.break_even))
+        lines.append(_break_even(evaluation.teaching_seconds, evaluation.break_even))
     return "\n".join(lines)
 
 
-def _paid(seconds: float, images: float) -> str:
+def _break_even(seconds: float, images: float) -> str:
     """After how many clustered images teaching has paid for itself."""
     if images == float("inf"):
         return f"teaching the front took {seconds:,.0f} s and saves no time here"
@@ -78,10 +78,9 @@ def fit_summary(model: Model) -> str:
     used, directions = model.provenance, "directions of " * model.settings.clusters.spherical
     taught = [f"{name}: {one}" for name, one in zip(cascade.exit_names, used.teaching, strict=False)]
     if used.teaching and certificate.settings:
-        spent = sum(one.seconds for one in used.teaching)
-        full = (times.stages[-1].sum() + times.exits[-1, -1]) / times.sizes[-1]
-        saved = (1 - certificate.cost) * full
-        taught.append(_paid(spent, spent / saved if saved > 0 else float("inf")))
+        spent, fronts = sum(one.seconds for one in used.teaching), len(used.teaching)
+        saved = certificate.early * times.stage_seconds.sum() - times.exit_seconds[:fronts].sum()  # exits behind: less
+        taught.append(_break_even(spent, spent / saved if saved > 0 else float("inf")))
     return "\n".join(
         [
             text_table(("exit", "cost, multiply-adds", "cost, measured time"), rows),

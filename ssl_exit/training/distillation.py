@@ -145,16 +145,11 @@ class SelfDistillation(ExitTraining):
         current = max(r for r in range(self.rounds) if begins[r] <= self.current_epoch)
         if self.current_epoch == begins[current]:
             self._begin_round()
-        elif len(self.targets) == 0:  # resumed in the middle of a round
+        elif self.targets is None or len(self.targets) == 0:  # resumed in the middle of a round
             self.targets = self._soft_assignments()
         self.answers_alone = self.current_epoch < begins[current] + FIRST_STAGE * (
             begins[current + 1] - begins[current]
         )
-
-    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> tuple[Tensor, Tensor]:
-        """Targets, (B, K), take the place of positions."""
-        positions, pixels = batch
-        return self.targets[positions], pixels
 
     def losses(self, target: Tensor, views: Sequence[Tensor]) -> dict[str, Tensor]:
         described, output = self.tapped(views[0])

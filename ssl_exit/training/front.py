@@ -9,15 +9,16 @@ with H the cross-entropy. Sharpening says less of which clusters lie near and mo
 cascade is to be sure of many images, not to tell how unsure the others are (distillation: Hinton et al., arXiv
 1503.02531).
 
-The learning rate follows one cycle over the budget (`one_cycle`). The saving of the averaged weights on images kept out
-is looked at after every epoch; once it no longer grows, the rate falls to 0 within the next quarter of the time so far.
+The learning rate follows one cycle over the budget (`one_cycle`). After every epoch the saving of the averaged weights
+is measured on validation images; once it no longer grows, the rate falls to 0 within the next quarter of the time so
+far.
 """
 
 import copy
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,11 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ssl_exit.data.images import ImageSource
-from ssl_exit.encoders.front import Front
+from ssl_exit.encoders.front import FrontDescriptor
+from ssl_exit.errors import InputError
 from ssl_exit.exits.front import FrontRule
 from ssl_exit.exits.heads import one_cycle
-from ssl_exit.settings import Front as FrontSettings
-from ssl_exit.settings import Optimization
+from ssl_exit.settings import Front, Optimization
 from ssl_exit.training.module import Training, frozen_copy
 from ssl_exit.training.run import checkpoints_in, seeded, train
 
@@ -41,7 +42,7 @@ BATCH, LEAST_BATCH, STEPS = 256, 32, 20  # images a step: fewer where an epoch w
 WARM = 0.2  # of the budget, in which the learning rate rises
 FALL = 0.25  # of the time so far, in which it falls to 0 once nothing is gained
 SHIFT = 32  # a view is shifted by up to one in so many pixels to every side
-HELD, MOST_HELD = 0.05, 4000  # images kept out to be looked at: a share, and at most so many
+VALIDATION, MOST_VALIDATION = 0.02, 2000  # images that are not taught: a share, and at most so many
 AVERAGED = 0.99  # decay of averaged weights
 
 
@@ -54,11 +55,11 @@ class Taught:
         rule: its head.
         seconds: of teaching.
         epochs: passes over the images.
-        agreement: of its label with the full encoder's, on images kept out of teaching; NaN without any.
-        saving: share of those images that it could answer at the disagreement asked for; NaN without any.
+        agreement: of its label with the full encoder's on validation images.
+        saving: share of the validation images that it could answer at the disagreement asked for.
     """
 
-    front: Front
+    front: FrontDescriptor
     rule: FrontRule
     seconds: float
     epochs: int
@@ -72,15 +73,15 @@ class _Clock:
 
     Attributes:
         steps, seconds: so far.
-        best: saving seen on images kept out, at most.
-        looks: epochs since.
-        fall_from: progress at which nothing was gained any more.
+        best: largest saving on validation images.
+        stale: epochs since.
+        fall_from: progress at which teaching was found to gain nothing any more.
     """
 
     steps: int = 0
     seconds: float = 0.0
     best: float = -1.0
-    looks: int = 0
+    stale: int = 0
     fall_from: float = math.inf
 
 
@@ -92,7 +93,7 @@ class FrontTraining(Training):
         before: fronts that stand before it; its head sees their features too.
         targets: sharpened soft assignments, (N, K).
         labels: of the full encoder, (N,) int64.
-        held: positions of images to look at, (h,).
+        validation: positions of validation images, (v,).
         max_disagreement: at which the saving is measured.
         how: epochs, seconds, patience, mirror and learning rate.
     """
@@ -101,24 +102,25 @@ class FrontTraining(Training):
 
     def __init__(
         self,
-        front: Front,
-        before: Sequence[Front],
+        front: FrontDescriptor,
+        before: Sequence[FrontDescriptor],
         targets: Tensor,
         labels: Tensor,
-        held: np.ndarray,
+        validation: np.ndarray,
         max_disagreement: float,
-        how: FrontSettings,
+        how: Front,
     ) -> None:
-        super().__init__(shifted, Optimization("sgd", how.learning_rate))
+        super().__init__(shifted, Optimization("sgd", how.learning_rate, 0.9, DECAY, "one_cycle"))
         self.front, self.before = front, nn.ModuleList(frozen_copy(one) for one in before)
         self.head = nn.Linear(sum(one.dim for one in before) + front.dim, targets.shape[1])
         own = nn.ModuleList([self.front, self.head])
         self.averaged = AveragedModel(own, multi_avg_fn=get_ema_multi_avg_fn(AVERAGED), use_buffers=True)
         self.averaged.requires_grad_(False)
-        self.targets, self.labels, self.held = targets, labels, held
+        self.targets, self.labels, self.validation = targets, labels, validation
         self.max_disagreement, self.how = max_disagreement, how
-        named = asdict(replace(how, network=None))
-        self.options = {k: v for k, v in named.items() if k not in ("folder", "kind", "network")}
+        taught = ("epochs", "seconds", "patience", "sharpness", "mirror", "learning_rate")
+        self.options = {name: getattr(how, name) for name in taught}
+        self.options |= {"shift": SHIFT, "max_disagreement": max_disagreement}
         self.clock = _Clock()
         self.began = time.perf_counter()
 
@@ -126,13 +128,10 @@ class FrontTraining(Training):
         self.source = source
 
     def configure_optimizers(self) -> Any:
-        parameters = [*self.front.parameters(), *self.head.parameters()]
-        return torch.optim.SGD(parameters, self.how.learning_rate, momentum=0.9, nesterov=True, weight_decay=DECAY)
-
-    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> tuple[Tensor, Tensor]:
-        """Targets, (B, K), take the place of positions."""
-        positions, images = batch
-        return self.targets[positions], images
+        parameters, how = [*self.front.parameters(), *self.head.parameters()], self.optimization
+        return torch.optim.SGD(
+            parameters, how.learning_rate, how.momentum, nesterov=True, weight_decay=how.weight_decay
+        )
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> tuple[Tensor, list[Tensor]]:
         targets, images = batch
@@ -161,7 +160,8 @@ class FrontTraining(Training):
         now, fall_from = self.progress, self.clock.fall_from
         if now < fall_from:
             return one_cycle(now, WARM) if now < 1 else 0.0
-        return one_cycle(fall_from, WARM) * max(0.0, 1 - (now - fall_from) / (FALL * fall_from))
+        rest = min(FALL * fall_from, 1 - fall_from)
+        return one_cycle(fall_from, WARM) * max(0.0, 1 - (now - fall_from) / rest)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["clock"] = asdict(self.clock)
@@ -169,14 +169,21 @@ class FrontTraining(Training):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.clock = _Clock(**checkpoint["clock"])
 
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+    def on_train_start(self) -> None:
         self.began = time.perf_counter()
+
+    def on_train_epoch_start(self) -> None:
+        if self.rate == 0:  # resumed at its end
+            self.trainer.should_stop = True
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         for group in self.trainer.optimizers[0].param_groups:
             group["lr"] = self.how.learning_rate * self.rate * len(batch[1][0]) / BATCH
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.averaged.update_parameters(nn.ModuleList([self.front, self.head]))
-        seconds = time.perf_counter() - self.began
+        now = time.perf_counter()
+        seconds, self.began = now - self.began, now
         self.clock.steps += 1
         self.clock.seconds += seconds
         self.log("images_per_second", len(batch[1][0]) / seconds, prog_bar=True, batch_size=1)
@@ -184,38 +191,39 @@ class FrontTraining(Training):
             self.trainer.should_stop = True
 
     def on_train_epoch_end(self) -> None:
-        if len(self.held) == 0:
-            return
-        agreement, saving = self.look(*self.averaged.module.children())
-        self.log("held_out_agreement", agreement, prog_bar=True)
-        self.log("held_out_saving", saving, prog_bar=True)
+        agreement, saving = self.validated(*self.averaged.module.children())
+        self.log("agreement", agreement, prog_bar=True)
+        self.log("saving", saving, prog_bar=True)
         if self.how.patience == 0 or not WARM <= self.progress < self.clock.fall_from:
             return
-        self.clock.looks = 0 if saving > self.clock.best else self.clock.looks + 1
+        self.clock.stale = 0 if saving > self.clock.best else self.clock.stale + 1
         self.clock.best = max(saving, self.clock.best)
-        if self.clock.looks >= self.how.patience:
+        if self.clock.stale >= self.how.patience:
             self.clock.fall_from = self.progress
 
     @torch.no_grad()
-    def look(self, front: nn.Module, head: nn.Module) -> tuple[float, float]:
-        """Agreement, and the share answered at the disagreement asked for, on the images kept out."""
+    def validated(self, front: nn.Module, head: nn.Module) -> tuple[float, float]:
+        """Agreement, and the share that could leave at the disagreement asked for, of validation images."""
         was = front.training
         front.eval()
         scores, agrees = [], []
-        for batch in self.source.batches(self.held, 512):
+        for batch in self.source.batches(self.validation, 512):
             if len(batch.indices):
                 z = self._logits(front, head, self.prepared(batch.images.to(self.device))).float()
                 score, label = z.softmax(1).max(1)
                 scores.append(score.cpu())
                 agrees.append(label.cpu() == self.labels[batch.indices])
         front.train(was)
-        return answered(torch.cat(scores), torch.cat(agrees), self.max_disagreement) if scores else (np.nan, np.nan)
+        return leaving_share(torch.cat(scores), torch.cat(agrees), self.max_disagreement)
 
 
-def answered(scores: Tensor, agrees: Tensor, max_disagreement: float) -> tuple[float, float]:
-    """Agreement of all, and the largest share of the surest whose disagreements are at most so many of all: (n,) each.
+def leaving_share(scores: Tensor, agrees: Tensor, max_disagreement: float) -> tuple[float, float]:
+    """Agreement of all, and the largest share that one threshold lets leave while at most so many of all disagree.
 
-    Equal scores are answered together.
+    Args:
+        scores: (n,).
+        agrees: whether each label equals the full encoder's, (n,) bool.
+        max_disagreement: share of the n images.
     """
     order = scores.argsort(descending=True)
     wrong = (~agrees[order]).cumsum(0)
@@ -235,7 +243,7 @@ def shifted(images: Tensor, mirror: Tensor | None = None) -> Tensor:
     """
     n, _, height, width = images.shape
     down, right = height // SHIFT, width // SHIFT
-    padded = F.pad(images, (right, right, down, down), mode="reflect") if min(height, width) > 1 else images
+    padded = F.pad(images, (right, right, down, down), mode="reflect")
     rows = torch.randint(2 * down + 1, (n, 1)) + torch.arange(height)
     columns = torch.randint(2 * right + 1, (n, 1)) + torch.arange(width)
     if mirror is not None:
@@ -251,13 +259,13 @@ def sharpened(soft: Tensor, power: float) -> Tensor:
 
 
 def teach(
-    front: Front,
-    before: Sequence[Front],
+    front: FrontDescriptor,
+    before: Sequence[FrontDescriptor],
     source: ImageSource,
     positions: np.ndarray,
     targets: Tensor,
     labels: Tensor,
-    how: FrontSettings,
+    how: Front,
     *,
     max_disagreement: float,
     seed: int = 0,
@@ -278,18 +286,20 @@ def teach(
         how: epochs, seconds, patience, mirror, learning rate.
         max_disagreement: at which the saving is measured.
         seed: of weights, order and views.
-        device: auto, cpu or cuda.
+        device: auto, cpu or cuda; anything else is taught on the CPU.
         about: what is taught, as JSON has it; a checkpoint is continued only where it is the same.
         folder: for checkpoints; teaching goes on from the last one there.
-        progress: show a bar on a terminal: images per second, agreement and saving on images kept out.
+        progress: show a bar on a terminal: images per second, agreement and saving of validation images.
 
     Raises:
-        InputError: fewer than 32 images, checkpoints of other settings, or a loss that is not finite.
+        InputError: fewer than 34 images, checkpoints of other settings, or a loss that is not finite.
     """
     order = np.random.default_rng(seed).permutation(positions)
-    held, taught = np.split(order, [min(round(HELD * len(order)), MOST_HELD)])
+    validation, taught = np.split(order, [min(math.ceil(VALIDATION * len(order)), MOST_VALIDATION)])
+    if len(taught) < LEAST_BATCH:
+        raise InputError(f"a front cannot be taught by {len(order)} images; it needs more than {LEAST_BATCH}")
     with seeded(seed):
-        training = FrontTraining(copy.deepcopy(front), before, targets, labels, held, max_disagreement, how)
+        training = FrontTraining(copy.deepcopy(front), before, targets, labels, validation, max_disagreement, how)
     batch = max(LEAST_BATCH, min(BATCH, len(taught) // STEPS))
     begun = time.perf_counter()
     train(
@@ -303,11 +313,11 @@ def teach(
         epochs=how.epochs,
         batch_size=batch,
         monitor_share=0.0,
-        device=device,
+        device=device if device in ("auto", "cpu", "cuda") else "cpu",
         seed=seed,
         logger="none" if folder is None else "csv",
     )
-    agreement, saving = training.look(training.front, training.head) if len(held) else (np.nan, np.nan)
+    agreement, saving = training.validated(training.front, training.head)
     rule = FrontRule(training.head.in_features, training.head.out_features)
     rule.weight.copy_(training.head.weight.detach())
     rule.bias.copy_(training.head.bias.detach())

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ssl_exit.data.cache import MEMORY_SHARE, memory
 from ssl_exit.data.images import Batch, DatasetImages, FolderImages, ImageSource, TensorImages, open_images
-from ssl_exit.data.kept import MEMORY_SHARE, memory
 from ssl_exit.data.preprocessing import Preprocessing
 from ssl_exit.data.reading import first_images
 from ssl_exit.errors import InputError

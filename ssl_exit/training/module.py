@@ -33,10 +33,12 @@ class Training(pl.LightningModule):
         views: a batch of images, (B, C, H, W), to a batch of random views of them.
         optimization: how parameters are updated.
         n_views: drawn of every image.
+        targets: of all images, (N, ...), by position; None where `losses` takes positions.
         options: of the method, by name; a checkpoint is continued only where they are the same.
     """
 
     n_views = 2
+    targets: Tensor | None = None
 
     def __init__(self, views: Callable[[Tensor], Tensor], optimization: Optimization) -> None:
         super().__init__()
@@ -53,7 +55,7 @@ class Training(pl.LightningModule):
         """What is minimised, "loss", and whatever else is worth a curve.
 
         Args:
-            target: positions of the images in the data, (B,) int64, or what `on_before_batch_transfer` put there.
+            target: rows of `targets`, or positions of the images in the data, (B,) int64.
             views: as the network takes them, (B, C, H, W) each.
         """
 
@@ -70,6 +72,10 @@ class Training(pl.LightningModule):
     def prepared(self, images: Tensor) -> Tensor:
         """Images or views as the network takes them."""
         return images.to(torch.float32, memory_format=torch.channels_last)
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> tuple[Tensor, Tensor]:
+        positions, images = batch
+        return positions if self.targets is None else self.targets[positions], images
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> tuple[Tensor, list[Tensor]]:
         target, pixels = batch

@@ -205,6 +205,13 @@ def newest_checkpoint(out: Path, resume: bool) -> Path | None:
     return checkpoints[-1] if checkpoints else None
 
 
+def saved_settings(out: Path) -> dict[str, Any]:
+    """Settings in the newest checkpoint of a training; empty where there is none that can be read."""
+    with suppress(Exception):  # `check_settings` says what is wrong with it
+        return dict(torch.load(checkpoints_in(out)[-1], map_location="cpu", weights_only=True)["ssl_exit"])
+    return {}
+
+
 def check_settings(newest: Path, settings: dict[str, Any]) -> None:
     """Refuse a checkpoint that training cannot go on from.
 

@@ -4,11 +4,12 @@ import pickle
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from ssl_exit import Front, InputError, load
-from ssl_exit.data.images import open_images
-from ssl_exit.data.kept import Kept
+from ssl_exit.data.cache import CachedImages
+from ssl_exit.data.images import DatasetImages, open_images
 from ssl_exit.encoders.small import digits_encoder
 from ssl_exit.encoders.tapped import TappedEncoder
 from ssl_exit.exits.thresholds import simulate
@@ -64,10 +65,9 @@ def test_what_is_assigned_is_what_the_encoder_says(fitted, encoder, digits):
     tapped = TappedEncoder.build(encoder, [], digits[:1]).for_inference("float32", (1, 8, 8))
     images = digits[:300].clone()
     images[7] = torch.nan
-    kept = Kept(open_images(images), (1, 8, 8), 8)
-    assigned = assign(
-        tapped, batches_of(images, 50), 310, n_clusters=4, clusters=Clusters(), seed=0, mirror=True, keep=kept
-    )
+    cache = CachedImages(DatasetImages(images, None, 0), (1, 8, 8), 4)
+    batches = cache.add(batches_of(images, 50))
+    assigned = assign(tapped, batches, 310, n_clusters=4, clusters=Clusters(), seed=0, mirror=True)
     with torch.no_grad():
         plain, mirrored = tapped.final_features(images), tapped.final_features(images.flip(-1))
     good = torch.arange(300) != 7
@@ -77,8 +77,10 @@ def test_what_is_assigned_is_what_the_encoder_says(fitted, encoder, digits):
     assert assigned.labels[7] == -1
     mean = (assigned.final.soft(plain) + assigned.final.soft(mirrored)) / 2
     assert torch.allclose(assigned.soft[:300].float()[good], mean[good], atol=1e-3)
-    (batch,) = kept.open().batches(np.arange(100), 100)
-    assert torch.allclose(batch.images[good[:100]], images[:100][good[:100]], atol=1e-3)
+    (batch,) = cache.open().batches(np.arange(100), 100)
+    assert torch.allclose(batch.images[good[:100]], F.avg_pool2d(images[:100], 2)[good[:100]], atol=1e-3)
+    in_memory = open_images(images)
+    assert CachedImages(in_memory, (1, 8, 8), 8).open() is in_memory
 
 
 def test_a_model_with_a_front_is_saved_pickled_and_copied(fitted, encoder, digits, tmp_path):
@@ -215,3 +217,69 @@ def test_what_cannot_be_is_refused_before_anything_is_taught(encoder, digits, mo
         clusterer(encoder, **HOW, rule="front").fit(digits[:500])
     with pytest.raises(InputError, match="no exit point"):
         clusterer(encoder, **HOW, exits=[]).fit(digits[:500])
+    with pytest.raises(InputError, match="'nope' names no node"):
+        fronted(encoder, digits[:500], exits=["nope"])
+    with pytest.raises(InputError, match="cannot accumulate"):
+        fronted(
+            encoder, digits[:500], exits=["block1", "block2", "block3"], descriptor="flatten", front_macs=[0.02, 0.05]
+        )
+
+
+def test_calibrating_follows_a_front_whose_weights_changed(fitted, encoder, digits, tmp_path):
+    c = copy.deepcopy(fitted)
+    with torch.no_grad():
+        for p in c.model_.fronts[0].parameters():
+            p.mul_(-0.5)
+    assert c.certificate_.void
+    c.calibrate(digits[1000:1500])
+    assert not c.certificate_.void
+    c.save(tmp_path / "model")
+    assert np.array_equal(load(tmp_path / "model", encoder=encoder).predict(digits[1500:]), c.predict(digits[1500:]))
+
+
+def test_a_front_that_works_in_place_changes_nothing_for_the_encoder(encoder, digits):
+    class InPlace(nn.Module):
+        def forward(self, x):
+            return x.sub_(0.5).mul_(3).flatten(1)
+
+    images = digits[:1000].clone()
+    c = clusterer(encoder, **HOW)
+    c.set_params(front=Front("module", network=InPlace(), epochs=3, patience=0)).fit(images)
+    assert torch.equal(images, digits[:1000])
+    recorded, _ = record(c.model_.cascade, batches_of(digits[1000:], 64))
+    assert np.array_equal(recorded.final, c.predict_full(digits[1000:]))
+    assert np.array_equal(c.run(digits[1000:]).labels, simulate(recorded, c.model_.cascade.thresholds)[0])
+
+
+def test_an_interrupted_fit_goes_on_with_what_it_had_taught(fitted, encoder, digits, tmp_path, monkeypatch):
+    class Stop(Exception):
+        pass
+
+    def stop(*args, **kwargs):
+        raise Stop
+
+    folder = str(tmp_path / "front")
+    monkeypatch.setattr("ssl_exit.fitting.fit.calibrate", stop)
+    with pytest.raises(Stop):
+        fronted(encoder, digits[:1000], front_folder=folder)
+    monkeypatch.undo()
+    monkeypatch.setattr("ssl_exit.training.front.FrontTraining.losses", stop)  # nothing is left to teach
+    again = fronted(encoder, digits[:1000], front_folder=folder, front_width=None)  # the width is in the checkpoint
+    assert np.array_equal(again.model_.cascade.thresholds, fitted.model_.cascade.thresholds)
+    with pytest.raises(InputError, match="written with other settings"):
+        fronted(encoder, digits[:1000], front_folder=folder, n_clusters=5)
+
+
+def test_an_encoder_without_countable_work_and_without_a_front(digits):
+    c = clusterer([nn.AvgPool2d(2), nn.AvgPool2d(2), nn.Flatten()], **HOW, exits=["stage0"]).fit(digits[:500])
+    assert c.predict(digits[500:]).shape == (1297,)
+
+
+def test_soft_assignments_do_not_depend_on_the_batch(encoder, digits):
+    tapped = TappedEncoder.build(encoder, [], digits[:1]).for_inference("float32", (1, 8, 8))
+    euclidean = Clusters(spherical=False)
+    one, other = (
+        assign(tapped, batches_of(digits[:200], size), 200, n_clusters=4, clusters=euclidean, seed=0).soft
+        for size in (200, 7)
+    )
+    assert torch.allclose(one.float(), other.float(), atol=2e-3)

@@ -7,14 +7,14 @@ from hypothesis import strategies as st
 from torch import nn
 
 from ssl_exit.data.images import TensorImages
-from ssl_exit.encoders.front import Front, FrontNetwork
+from ssl_exit.encoders.front import FrontDescriptor, FrontNetwork
 from ssl_exit.errors import InputError
-from ssl_exit.settings import Front as FrontSettings
-from ssl_exit.training.front import FrontTraining, answered, sharpened, shifted, teach
+from ssl_exit.settings import Front
+from ssl_exit.training.front import FrontTraining, leaving_share, sharpened, shifted, teach
 
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.booleans()), min_size=1, max_size=30), st.sampled_from([0, 0.1, 0.5]))
-def test_answered_is_the_largest_share_that_keeps_the_disagreement(images, eps):
+def test_leaving_share_is_the_largest_share_that_keeps_the_disagreement(images, eps):
     scores = torch.tensor([score / 5 for score, _ in images])
     agrees = torch.tensor([agree for _, agree in images])
     shares = [0.0]
@@ -22,7 +22,7 @@ def test_answered_is_the_largest_share_that_keeps_the_disagreement(images, eps):
         leaves = scores >= threshold
         if int((leaves & ~agrees).sum()) <= eps * len(images):
             shares.append(float(leaves.float().mean()))
-    agreement, share = answered(scores, agrees, eps)
+    agreement, share = leaving_share(scores, agrees, eps)
     assert agreement == pytest.approx(float(agrees.float().mean()))
     assert share == pytest.approx(max(shares))
 
@@ -59,8 +59,8 @@ def lesson(digits):
 def taught(lesson, folder=None, before=(), **how):
     source, labels, targets = lesson
     torch.manual_seed(0)
-    front = Front(FrontNetwork(1, 8), (1, 8, 8), 8)
-    settings = FrontSettings("auto", **{"epochs": 6, "patience": 0} | how)
+    front = FrontDescriptor(FrontNetwork(1, 8), (1, 8, 8), 8)
+    settings = Front("auto", **{"epochs": 6, "patience": 0} | how)
     order = np.arange(len(source))
     return teach(front, before, source, order, targets, labels, settings, max_disagreement=0.05, folder=folder)
 
@@ -138,9 +138,9 @@ def test_a_later_front_builds_on_those_before_it(lesson):
 
 def test_too_few_images_are_refused(lesson):
     source, labels, targets = lesson
-    front = Front(FrontNetwork(1, 8), (1, 8, 8), 8)
-    with pytest.raises(InputError, match="do not fill one batch of 32"):
-        teach(front, [], source, np.arange(20), targets, labels, FrontSettings("auto"), max_disagreement=0.05)
+    front = FrontDescriptor(FrontNetwork(1, 8), (1, 8, 8), 8)
+    with pytest.raises(InputError, match="cannot be taught by 20 images"):
+        teach(front, [], source, np.arange(20), targets, labels, Front("auto"), max_disagreement=0.05)
 
 
 def test_a_module_of_the_users_is_taught_and_left_unchanged(lesson):
@@ -148,8 +148,10 @@ def test_a_module_of_the_users_is_taught_and_left_unchanged(lesson):
     torch.manual_seed(0)
     network = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU())
     before = {k: v.clone() for k, v in network.state_dict().items()}
-    how = FrontSettings("module", network=network, epochs=15, learning_rate=0.1)
-    one = teach(Front(network, (1, 8, 8), 8), [], source, np.arange(600), targets, labels, how, max_disagreement=0.05)
+    how = Front("module", network=network, epochs=15, learning_rate=0.1)
+    one = teach(
+        FrontDescriptor(network, (1, 8, 8), 8), [], source, np.arange(600), targets, labels, how, max_disagreement=0.05
+    )
     agreement = float((logits(one, source.images).argmax(1) == labels).float().mean())
     assert agreement > float(labels.bincount().max() / len(labels)) + 0.1
     assert all(torch.equal(before[k], v) for k, v in network.state_dict().items())
