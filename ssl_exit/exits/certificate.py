@@ -59,7 +59,8 @@ class Certificate:
         bound: Clopper-Pearson upper bound on the share of disagreement, at `confidence`, for a setting fixed
             in advance.
         early: share of those images that left before the end.
-        settings: how many settings of the path were accepted; with none, nothing exits early.
+        settings: how many settings of the path were accepted; with none, or where the cheapest of them would cost more
+            than the full encoder, nothing exits early.
         cost: mean cost of those images / the full encoder's.
         cost_without: the least of a setting whose share seen is at most eps over all images, with no margin for chance:
             the difference is what certainty costs.
@@ -104,6 +105,12 @@ class Certificate:
                 f"no image may exit early: {self.n} held-out images certify no setting at disagreement <= {eps} {sure}"
                 f"{WHERE[self.guarantee]} ({why}; call calibrate() with more images, raise max_disagreement or lower "
                 "confidence)"
+            )
+        if self.early == 0:
+            return (
+                f"no image exits early: what {self.n} held-out images certify at disagreement <= {eps} {sure}"
+                f"{WHERE[self.guarantee]} would cost more than the full encoder (raise max_disagreement, or fit with "
+                "exits or a front that cost less)"
             )
         claim = f"disagreement <= {eps} {sure}{WHERE[self.guarantee]}"
         if self.guarantee == "expectation":
@@ -202,7 +209,8 @@ def certify(
     confidence: float,
     guarantee: str = "overall",
 ) -> tuple[int, Certificate]:
-    """Walk a path of settings and keep the cheapest of those accepted before the first that is not.
+    """Walk a path of settings and keep the cheapest of those accepted before the first that is not; the first setting,
+    with which nothing exits, if none of them costs less than the full encoder.
 
     Fixed-sequence testing (Angelopoulos et al., "Learn then Test", arXiv 2110.01052, section 3): the hypothesis
     "disagreement > eps" of each setting is rejected while P(Bin(n, eps) <= disagreements) <= delta; the first that
@@ -234,6 +242,8 @@ def certify(
     end = len(path) if passes.all() else int(passes.argmin())
     accepted = np.flatnonzero(opens[:end])
     chosen = int(accepted[len(accepted) - 1 - cost[accepted][::-1].argmin()]) if len(accepted) else 0
+    pays = chosen > 0 and cost[chosen] < 1
+    chosen = chosen if pays else 0  # where nothing exits, no exit works either
     within = wrong <= max_disagreement * n
     beyond = np.flatnonzero(~within[end:])
     stop = end + int(beyond[0]) if len(beyond) else len(path)
@@ -246,7 +256,7 @@ def certify(
         bound=upper_bound(int(wrong[chosen]), n, confidence),
         early=float(counts.left[chosen].sum() / n) if n else 0.0,
         settings=len(accepted),
-        cost=float(cost[chosen]),
+        cost=float(cost[chosen]) if pays else 1.0,
         cost_without=float(cost[:stop][within[:stop]].min()) if n else 1.0,
         tests=tests,
         parts=_parts(guarantee, path[chosen], counts, chosen, delta),

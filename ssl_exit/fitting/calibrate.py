@@ -195,5 +195,5 @@ def refuse_fitted(skipped: Mapping[int, str], source: ImageSource) -> None:
 
 def warn_of_nothing(certificate: Certificate, n_held: int, stacklevel: int) -> None:
     """One warning where images were held out and nothing may exit early."""
-    if n_held and certificate.settings == 0:
+    if n_held and certificate.early == 0:
         warnings.warn(str(certificate), stacklevel=stacklevel + 1)

@@ -156,9 +156,10 @@ def test_any_callable_is_an_encoder_behind_a_front(fitted, encoder, digits, tmp_
 def test_a_front_of_the_users(encoder, digits, tmp_path):
     torch.manual_seed(1)
     own = nn.Sequential(nn.Conv2d(1, 8, 3, 2), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten())
-    c = clusterer(encoder, **HOW)
+    c = clusterer(encoder, **HOW | {"max_disagreement": 0.4})
     c.set_params(front=Front("module", network=own, epochs=4, patience=0))
     result = c.fit(digits[:1000]).run(digits[1000:])
+    assert (result.exits == 0).any()
     c.save(tmp_path / "model")
     with pytest.raises(InputError, match="front=that module"):
         load(tmp_path / "model", encoder=encoder)
