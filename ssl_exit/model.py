@@ -1,7 +1,7 @@
 """The fitted model: a value that is fitted, calibrated, saved, loaded, copied and sent to other processes."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
 from typing import Any
@@ -28,84 +28,8 @@ from ssl_exit.exits.final import Final, FinalClasses, FinalClusters
 from ssl_exit.exits.front import FrontRule
 from ssl_exit.exits.registry import build_rules
 from ssl_exit.exits.rules import RULES, ExitRule
+from ssl_exit.provenance import ExitChoice, Provenance, Teaching
 from ssl_exit.settings import Settings
-
-
-@dataclass(frozen=True)
-class ExitChoice:
-    """Why a candidate exit was kept or left out.
-
-    Attributes:
-        name: of the exit point.
-        cost: of leaving here, with all candidates in place / the full encoder's.
-        own_work: of that, what the exit itself costs.
-        agreement: of its label with the full encoder's, all held-out images.
-        saving: how much more the cascade would cost without this exit, for one that is kept; how much less it would
-            cost with it, for one that is left out (negative: more).
-        kept: whether it stays.
-    """
-
-    name: str
-    cost: float
-    own_work: float
-    agreement: float
-    saving: float
-    kept: bool
-
-    def __str__(self) -> str:
-        verdict = "kept, saves" if self.kept else "left out, would save"
-        return (
-            f"{self.name}: {verdict} {self.saving:.1%} of the full encoder's cost after its own work of "
-            f"{self.own_work:.1%}; its label agrees on {self.agreement:.1%} of held-out images"
-        )
-
-
-@dataclass(frozen=True)
-class Teaching:
-    """How a front was taught.
-
-    Attributes:
-        seconds: of teaching and of what it needs of the full encoder.
-        epochs: passes over the images.
-        agreement: of the front alone with the full encoder, on images kept out of teaching.
-        saving: share of those images that it could answer at the disagreement asked for.
-    """
-
-    seconds: float
-    epochs: int
-    agreement: float
-    saving: float
-
-    def __str__(self) -> str:
-        return (
-            f"taught {self.epochs} epochs in {self.seconds:,.0f} s; its label agrees on {self.agreement:.1%} of images "
-            f"kept out, {self.saving:.1%} of them could leave"
-        )
-
-
-@dataclass(frozen=True, eq=False)
-class Provenance:
-    """What a model was fitted to.
-
-    Attributes:
-        images: content hashes of the images that rules were fitted to or exits chosen by, uint64.
-        skipped: position and reason of images that fit() could not use.
-        n_fit: images behind the statistics, mirrored ones counted too.
-        n_sample: of those, images that k-means saw.
-        choices: why each candidate exit was kept or left out; empty where none was judged.
-        teaching: of each front.
-        shaped: content hashes of the images that shaped the thresholds, uint64; not saved.
-        calibration_skipped: position and reason of images that calibration did not use; not saved.
-    """
-
-    images: np.ndarray
-    skipped: dict[int, str]
-    n_fit: int
-    n_sample: int
-    choices: tuple[ExitChoice, ...] = ()
-    teaching: tuple[Teaching, ...] = ()
-    shaped: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint64))
-    calibration_skipped: dict[int, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)

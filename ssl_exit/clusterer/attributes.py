@@ -11,7 +11,8 @@ from ssl_exit.clusterer.parameters import Parameters
 from ssl_exit.encoders.graph import ExitPoint
 from ssl_exit.exits.certificate import Certificate
 from ssl_exit.exits.final import FinalClusters
-from ssl_exit.model import ExitChoice, Model
+from ssl_exit.model import Model
+from ssl_exit.provenance import ExitChoice
 
 
 class Fitted(Parameters):

@@ -29,7 +29,8 @@ from ssl_exit.fitting.count import Collected, collect
 from ssl_exit.fitting.front import TaughtFronts, sized_fronts, teach_fronts
 from ssl_exit.fitting.place import choose
 from ssl_exit.fitting.record import fit_temperatures, record_logits
-from ssl_exit.model import ExitChoice, Model, Provenance, hash_of_cut
+from ssl_exit.model import Model, hash_of_cut
+from ssl_exit.provenance import ExitChoice, Provenance
 from ssl_exit.settings import Settings
 
 

@@ -23,7 +23,7 @@ from ssl_exit.errors import InputError
 from ssl_exit.exits.final import Final
 from ssl_exit.exits.front import FrontRule
 from ssl_exit.fitting.sample import Sample, clustered_images, final_clusters
-from ssl_exit.model import Teaching
+from ssl_exit.provenance import Teaching
 from ssl_exit.settings import Clusters, Front, Settings
 
 CHUNK = 65_536  # rows of soft assignments sharpened at a time

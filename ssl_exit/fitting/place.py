@@ -3,7 +3,7 @@
 import numpy as np
 
 from ssl_exit.exits.thresholds import Recorded, foretold_agreement, threshold_path, trade_off
-from ssl_exit.model import ExitChoice
+from ssl_exit.provenance import ExitChoice
 
 LEAST = 0.001  # of the full encoder's cost that an exit must save to be kept
 
