@@ -105,8 +105,13 @@ class FrontDescriptor(nn.Module):
 
     def reduced(self, images: Tensor) -> Tensor:
         """Images averaged down by a whole factor: (N, C, H, W) -> (N, C, h, w) with h, w <= side."""
-        factor = -(-max(images.shape[2:]) // self.side)
+        factor = -(-max(images.shape[2:]) // self.side)  # of images that may be averaged down already
         return F.avg_pool2d(images, factor, ceil_mode=True) if factor > 1 else images
+
+    @property
+    def factor(self) -> int:
+        """By which images are averaged down."""
+        return -(-max(self.image_shape[1:]) // self.side)
 
     def forward(self, images: Tensor) -> Tensor:
         """Features, (N, dim) float32, in memory of their own; the images stay as they are."""

@@ -9,6 +9,10 @@ with H the cross-entropy. Sharpening says less of which clusters lie near and mo
 cascade is to be sure of many images, not to tell how unsure the others are (distillation: Hinton et al., arXiv
 1503.02531).
 
+How far views are shifted adapts to the encoder: from one in 32 pixels it grows, up to one in 8, while agreement on
+taught images is more than .04 above that on validation images, and shrinks otherwise (after adaptive augmentation:
+Karras et al., arXiv 2006.06676).
+
 The learning rate follows one cycle over the budget (`one_cycle`). After every epoch the saving of the averaged weights
 is measured on validation images; once it no longer grows, the rate falls to 0 within the next quarter of the time so
 far.
@@ -41,8 +45,9 @@ DECAY = 1e-4  # of weights
 BATCH, LEAST_BATCH, STEPS = 256, 32, 20  # images a step: fewer where an epoch would have less than 20 steps
 WARM = 0.2  # of the budget, in which the learning rate rises
 FALL = 0.25  # of the time so far, in which it falls to 0 once nothing is gained
-SHIFT = 32  # a view is shifted by up to one in so many pixels to every side
-VALIDATION, MOST_VALIDATION = 0.02, 2000  # images that are not taught: a share, and at most so many
+LEAST_SHIFT, MOST_SHIFT = 32, 8  # a view is shifted by up to one in so many pixels to every side
+GAP = 0.04  # agreement on taught images above that on validation images, beyond which shifts grow
+VALIDATION, MOST_VALIDATION = 0.03, 2000  # images that are not taught: a share, and at most so many
 AVERAGED = 0.99  # decay of averaged weights
 
 
@@ -75,6 +80,7 @@ class _Clock:
         steps, seconds: so far.
         best: largest saving on validation images.
         stale: epochs since.
+        shift: pixels by which views are shifted at most.
         fall_from: progress at which teaching was found to gain nothing any more.
     """
 
@@ -82,6 +88,7 @@ class _Clock:
     seconds: float = 0.0
     best: float = -1.0
     stale: int = 0
+    shift: int = 0
     fall_from: float = math.inf
 
 
@@ -110,7 +117,7 @@ class FrontTraining(Training):
         max_disagreement: float,
         how: Front,
     ) -> None:
-        super().__init__(shifted, Optimization("sgd", how.learning_rate, 0.9, DECAY, "one_cycle"))
+        super().__init__(nn.Identity(), Optimization("sgd", how.learning_rate, 0.9, DECAY, "one_cycle"))
         self.front, self.before = front, nn.ModuleList(frozen_copy(one) for one in before)
         self.head = nn.Linear(sum(one.dim for one in before) + front.dim, targets.shape[1])
         own = nn.ModuleList([self.front, self.head])
@@ -120,12 +127,15 @@ class FrontTraining(Training):
         self.max_disagreement, self.how = max_disagreement, how
         taught = ("epochs", "seconds", "patience", "sharpness", "mirror", "learning_rate")
         self.options = {name: getattr(how, name) for name in taught}
-        self.options |= {"shift": SHIFT, "max_disagreement": max_disagreement}
-        self.clock = _Clock()
+        self.options |= {"max_disagreement": max_disagreement}
+        side = -(-max(front.image_shape[1:]) // front.factor)
+        self.shifts = side // LEAST_SHIFT, side // MOST_SHIFT
+        self.clock = _Clock(shift=self.shifts[0])
         self.began = time.perf_counter()
 
     def attach(self, source: ImageSource, positions: np.ndarray, seed: int) -> None:
         self.source = source
+        self.taught = positions[:: max(1, len(positions) // len(self.validation))][: len(self.validation)]
 
     def configure_optimizers(self) -> Any:
         parameters, how = [*self.front.parameters(), *self.head.parameters()], self.optimization
@@ -136,7 +146,7 @@ class FrontTraining(Training):
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> tuple[Tensor, list[Tensor]]:
         targets, images = batch
         mirror = torch.rand(len(images)) < 0.5 if self.how.mirror else None
-        return targets.float(), [self.prepared(shifted(images, mirror))]
+        return targets.float(), [self.prepared(shifted(images, self.clock.shift, mirror))]
 
     def losses(self, target: Tensor, views: Sequence[Tensor]) -> dict[str, Tensor]:
         logits = self._logits(self.front, self.head, views[0])
@@ -191,7 +201,12 @@ class FrontTraining(Training):
             self.trainer.should_stop = True
 
     def on_train_epoch_end(self) -> None:
-        agreement, saving = self.validated(*self.averaged.module.children())
+        front, head = self.averaged.module.children()
+        agreement, saving = self.measured(front, head, self.validation)
+        gap = self.measured(front, head, self.taught)[0] - agreement
+        least, most = self.shifts
+        step = max(1, least) if gap > GAP else -max(1, least)
+        self.clock.shift = min(most, max(least, self.clock.shift + step))
         self.log("agreement", agreement, prog_bar=True)
         self.log("saving", saving, prog_bar=True)
         if self.how.patience == 0 or not WARM <= self.progress < self.clock.fall_from:
@@ -202,12 +217,12 @@ class FrontTraining(Training):
             self.clock.fall_from = self.progress
 
     @torch.no_grad()
-    def validated(self, front: nn.Module, head: nn.Module) -> tuple[float, float]:
-        """Agreement, and the share that could leave at the disagreement asked for, of validation images."""
+    def measured(self, front: nn.Module, head: nn.Module, positions: np.ndarray) -> tuple[float, float]:
+        """Agreement, and the share that could leave at the disagreement asked for, of some images."""
         was = front.training
         front.eval()
         scores, agrees = [], []
-        for batch in self.source.batches(self.validation, 512):
+        for batch in self.source.batches(positions, 512):
             if len(batch.indices):
                 z = self._logits(front, head, self.prepared(batch.images.to(self.device))).float()
                 score, label = z.softmax(1).max(1)
@@ -234,18 +249,18 @@ def leaving_share(scores: Tensor, agrees: Tensor, max_disagreement: float) -> tu
     return float(agrees.float().mean()), share
 
 
-def shifted(images: Tensor, mirror: Tensor | None = None) -> Tensor:
-    """Every image shifted by up to 1/32 of its sides, edges reflected; some mirrored: (N, C, H, W) -> the same.
+def shifted(images: Tensor, most: int, mirror: Tensor | None = None) -> Tensor:
+    """Every image shifted by up to so many pixels, edges reflected; some mirrored: (N, C, H, W) -> the same.
 
     Args:
         images: of any range.
+        most: pixels.
         mirror: which ones to exchange left and right in, (N,) bool.
     """
     n, _, height, width = images.shape
-    down, right = height // SHIFT, width // SHIFT
-    padded = F.pad(images, (right, right, down, down), mode="reflect")
-    rows = torch.randint(2 * down + 1, (n, 1)) + torch.arange(height)
-    columns = torch.randint(2 * right + 1, (n, 1)) + torch.arange(width)
+    padded = F.pad(images, (most,) * 4, mode="reflect")
+    rows = torch.randint(2 * most + 1, (n, 1)) + torch.arange(height)
+    columns = torch.randint(2 * most + 1, (n, 1)) + torch.arange(width)
     if mirror is not None:
         columns = torch.where(mirror[:, None], columns.flip(1), columns)
     rows, columns = rows.to(images.device), columns.to(images.device)
@@ -317,7 +332,7 @@ def teach(
         seed=seed,
         logger="none" if folder is None else "csv",
     )
-    agreement, saving = training.validated(training.front, training.head)
+    agreement, saving = training.measured(training.front, training.head, validation)
     rule = FrontRule(training.head.in_features, training.head.out_features)
     rule.weight.copy_(training.head.weight.detach())
     rule.bias.copy_(training.head.bias.detach())
