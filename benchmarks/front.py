@@ -162,7 +162,8 @@ def row(label: str, runs: list[dict[str, Any]]) -> tuple[str, ...]:
 
 
 HEAD = ("", "seeds", "front macs", "front time", "agreement", "cost", "time f32", "pred./real.", "time bf16",
-        *(f"at {asked:.0%}" for asked in ASKED), "all leave", "ACC", "ACC full", "teaching s", "break-even")  # fmt: skip
+        *(f"at {asked:.0%}" for asked in ASKED), "all leave", "ACC", "ACC full", "teaching s",
+        "break-even")  # fmt: skip
 
 
 def draw(figures: dict[str, dict[str, list[dict[str, Any]]]], file: Path) -> None:
