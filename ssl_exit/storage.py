@@ -9,7 +9,8 @@ import copy
 import hashlib
 import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -23,7 +24,7 @@ from torch import nn
 from ssl_exit.encoders.build import EncoderSpec
 from ssl_exit.encoders.graph import as_module
 from ssl_exit.errors import InputError
-from ssl_exit.files import atomic_folder
+from ssl_exit.files import atomic_folder, remove_abandoned
 from ssl_exit.model import Model
 from ssl_exit.settings import Settings
 
@@ -59,6 +60,7 @@ def load_model(
     encoder: nn.Module | Sequence[nn.Module] | None = None,
     device: str = "auto",
     front: nn.Module | None = None,
+    trust: str | None = None,
     **changes: Mapping[str, Any],
 ) -> Model:
     """Read a model that `save_model` wrote; arguments and errors are those of `ssl_exit.load`.
@@ -67,27 +69,63 @@ def load_model(
         changes: fields of groups of settings to replace, such as runtime={"compile": True}.
     """
     folder = Path(folder)
+    remove_abandoned(folder)
     about = _read_about(folder)
-    for name in (WEIGHTS, EXITS):
-        if not (folder / name).is_file() or _sha256(folder / name) != about["sha256"][name]:
-            raise InputError(f"model {str(folder)!r}: {name} is missing, truncated or changed since it was saved")
-    spec = about["encoder"]["spec"]
-    if encoder is None and spec is None:
-        raise InputError(
-            f"model {str(folder)!r} was fitted with a {about['encoder']['class']} passed as an object: "
-            "load(folder, encoder=that module or callable)"
-        )
-    with torch.random.fork_rng(devices=[]):  # weights drawn here are replaced
-        filled = copy.deepcopy(EncoderSpec(spec).build() if encoder is None else as_module(encoder)).cpu().eval()
-    try:
-        filled.load_state_dict(load_file(folder / WEIGHTS))
-    except RuntimeError as error:
-        raise InputError(f"the encoder does not fit model {str(folder)!r}: {error}") from error
-    settings = replace(Settings.from_dict(about["settings"]), device=str(device)).nested(**changes)
-    model = Model.from_state(filled, about, load_file(folder / EXITS), settings, front)
+    network = None if encoder is None else copy.deepcopy(as_module(encoder)).cpu().eval()
+    with _described_by(folder):
+        for name in (WEIGHTS, EXITS):
+            if not (folder / name).is_file() or _sha256(folder / name) != about["sha256"][name]:
+                raise InputError(f"model {str(folder)!r}: {name} is missing, truncated or changed since it was saved")
+        spec = about["encoder"]["spec"]
+        if not isinstance(spec, (str, type(None))):
+            raise TypeError(f"the name of the encoder is {spec!r:.80}")
+        if network is None:
+            network = _built(folder, spec, about["encoder"]["class"], trust)
+        elif spec is not None and EncoderSpec(spec).foreign and spec != trust:
+            about["encoder"]["spec"] = None  # what was passed is used; a name that nobody trusts is not kept
+        weights = load_file(folder / WEIGHTS)
+        try:
+            network.load_state_dict(weights)
+        except RuntimeError as error:
+            raise InputError(f"the encoder does not fit model {str(folder)!r}: {error}") from error
+        settings = replace(Settings.from_dict(about["settings"]), device=str(device)).nested(**changes)
+        model = Model.from_state(network, about, load_file(folder / EXITS), settings, front)
     if (certificate := model.check()).void:
         warnings.warn(f"model {str(folder)!r}: the certificate is {certificate}", stacklevel=3)
     return model
+
+
+def _built(folder: Path, spec: str | None, kind: str, trust: str | None) -> nn.Module:
+    """The encoder that a model names, with any weights.
+
+    Raises:
+        InputError: it names none, or code that the caller does not trust.
+    """
+    if spec is None:
+        raise InputError(
+            f"model {str(folder)!r} was fitted with a {kind} passed as an object: "
+            "load(folder, encoder=that module or callable)"
+        )
+    name = EncoderSpec(spec)
+    if name.foreign and spec != trust:
+        raise InputError(
+            f"model {str(folder)!r} asks to import and call {spec!r}, which could run anything. If you know that code, "
+            f"say so: load(folder, trust={spec!r}) or --trust {spec}; or pass the encoder: load(folder, encoder=...)"
+        )
+    with torch.random.fork_rng(devices=[]):  # weights drawn here are replaced
+        return name.build().cpu()
+
+
+@contextmanager
+def _described_by(folder: Path) -> Iterator[None]:
+    """Whatever goes wrong in here is because model.json or the tensors are not what was saved."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:  # of any type: the content is of anybody's making
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise InputError(f"model {str(folder)!r} does not describe a model ({reason}); fit it again") from error
 
 
 def check_model_folder(folder: Path) -> None:
@@ -106,7 +144,7 @@ def _read_about(folder: Path) -> dict[str, Any]:
         about = json.loads((folder / ABOUT).read_text())
     except FileNotFoundError as error:
         raise InputError(f"{str(folder)!r} is no model: it has no model.json; see ExitClusterer.save") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(
             f"model {str(folder)!r}: model.json cannot be read ({error}); it is truncated or damaged"
         ) from error

@@ -147,4 +147,7 @@ def describe(tapped: TappedEncoder, batches: Iterable[Batch]) -> Iterator[Descri
 
 def finite_images(images: Tensor) -> Tensor:
     """Which images have finite pixels only: (N, C, H, W) -> (N,) bool."""
-    return images.flatten(1).sum(1).isfinite()
+    flat = images.flatten(1)
+    if images.device.type == "cpu" and flat.sum(1).isfinite().all():  # a tenth of the time; finite pixels may overflow
+        return torch.ones(len(images), dtype=torch.bool)
+    return flat.isfinite().all(1)

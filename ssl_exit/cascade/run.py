@@ -17,6 +17,7 @@ from ssl_exit.cascade.plan import Plan
 from ssl_exit.cascade.result import NOT_FINITE, ExitResult
 from ssl_exit.data.images import Batch
 from ssl_exit.data.transfer import on_device
+from ssl_exit.errors import InputError
 
 
 def run(plan: Plan, batches: Iterable[Batch], n: int, batch_size: int, audit: np.ndarray | None = None) -> ExitResult:
@@ -55,11 +56,13 @@ class Run:
         self.audited = self.labels.clone()
         self.lingering = audit is not None  # whether images that left may still be among those that run
         self.skipped: dict[int, str] = {}
+        self.came = 0
 
     @torch.inference_mode()
     def push(self, batch: Batch) -> None:
         """Take in one batch and run whatever segments it fills."""
         self.skipped.update(batch.skipped)
+        self.came += len(batch.indices) + len(batch.skipped)
         if len(batch.indices) == 0:
             return
         x, memory = self.plan.enter(batch.images)
@@ -77,7 +80,13 @@ class Run:
 
     @torch.inference_mode()
     def finish(self) -> ExitResult:
-        """Flush the queues and return the result."""
+        """Flush the queues and return the result.
+
+        Raises:
+            InputError: fewer images came than the run is for.
+        """
+        if self.came != self.n:
+            raise InputError(f"{self.came} images came where {self.n} were promised; the data end early")
         for i, queue in enumerate(self.queues):
             if len(queue):
                 self._advance(i, queue.take(self.batch_size))

@@ -5,17 +5,21 @@ Arguments annotated with a group of settings become the options of that group.
 """
 
 import inspect
+import io
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from importlib import import_module
-from typing import Any, get_type_hints
+from typing import Any, TextIO, get_type_hints
 
 from ssl_exit import __version__
-from ssl_exit.errors import InputError
+from ssl_exit.errors import InputError, printable
 from ssl_exit.settings import Group, options_of
 
 ABOUT = "Label-free early exit for clustering with self-supervised encoders."
+BUILDING = ("train", "fit", "list-exits")  # take module:function of the user's, which may lie in the current folder
+NEWLINE = "\n"
 COMMANDS = ("demo", "train", "fit", "predict", "evaluate", "list-exits")
 
 
@@ -35,12 +39,14 @@ def main(args: list[str] | None = None) -> None:
         function = command(words[0])
         values = parser_of(words[0], function).parse_args(words[1:]).as_dict()
         _own_the_process()
+        if words[0] in BUILDING:
+            sys.path.append("")
         from ssl_exit.cascade.memory import kept_memory
 
-        with kept_memory():
+        with kept_memory(), redirect_stdout(_Printable(sys.stdout)):
             function(**_arguments(function, values))
-    except (InputError, OSError) as error:
-        print(f"ssl-exit: error: {error}", file=sys.stderr)
+    except (InputError, OSError, MemoryError) as error:
+        print(f"ssl-exit: error: {printable(error, keep=NEWLINE) or type(error).__name__}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("ssl-exit: interrupted; no output is half-written; predict and train --resume continue", file=sys.stderr)
@@ -96,12 +102,30 @@ def _overview() -> str:
 
 
 def _own_the_process() -> None:
-    """What a program may do and a library may not: warnings as lines, and the current folder on the path."""
-    warnings.formatwarning = lambda message, *_args, **_kwargs: f"ssl-exit: {message}\n"
-    sys.path.insert(0, "")  # module:function may lie in the current folder
+    """What a program may do and a library may not: warnings as lines, and no limit of Pillow's beside `max_pixels`."""
+    from PIL import Image
+
+    Image.MAX_IMAGE_PIXELS = None
+    warnings.formatwarning = lambda message, *_args, **_kwargs: f"ssl-exit: {printable(message, keep=NEWLINE)}\n"
     for notice in (DeprecationWarning, FutureWarning):  # of dependencies; nothing a user here can act on
         warnings.simplefilter("ignore", notice)
     warnings.filterwarnings("ignore", message=".* could not be used")  # commands list them one by one
+
+
+class _Printable(io.TextIOBase):
+    """A stream on which names in data cannot move the cursor or change colours."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        return self.stream.write(printable(text, keep=NEWLINE))
+
+    def flush(self) -> None:
+        self.stream.flush()
+
+    def isatty(self) -> bool:
+        return self.stream.isatty()
 
 
 def _underscored(word: str) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 from ssl_exit.data.preprocessing import Preprocessing
 from ssl_exit.encoders.build import EncoderSpec
+from ssl_exit.errors import printable
 from ssl_exit.files import atomic_file
 
 
@@ -27,7 +28,7 @@ def preprocessing_for(spec: EncoderSpec, **options: Any) -> Preprocessing:
 def list_skipped(skipped: Mapping[int, str], paths: Sequence[str]) -> None:
     """Print every image that could not be used, with the reason, to stderr."""
     for position, reason in sorted(skipped.items()):
-        print(f"skipped {paths[position]}: {reason}", file=sys.stderr)
+        print(f"skipped {printable(paths[position])}: {printable(reason)}", file=sys.stderr)
 
 
 def write_json(file: Path, content: Any) -> None:

@@ -9,6 +9,8 @@ def evaluate(
     out: str | None = None,
     explain: bool = False,
     num_workers: int = 0,
+    max_pixels: int | None = None,
+    trust: str | None = None,
     device: str = "auto",
 ) -> None:
     """Compare early exit with the full encoder on a folder of images.
@@ -21,6 +23,9 @@ def evaluate(
         out: JSON file for the report.
         explain: also show, per exit, scores, thresholds and what less agreement would release.
         num_workers: processes that decode images.
+        max_pixels: of one image file, larger ones are skipped; as in fit if not set.
+        trust: the module:function of a model whose encoder was built by code of yours (on the Python path): it is
+            imported and called.
         device: auto, cpu, cuda, cuda:1, ...
     """
     from ssl_exit.cli.common import list_skipped, write_json
@@ -31,9 +36,9 @@ def evaluate(
 
     if out:
         check_file(Path(out))
-    c = load(model, device=device)
+    c = load(model, device=device, trust=trust)
     c.set_params(runtime__num_workers=num_workers)
-    images = FolderImages(Path(data), c.preprocessing)
+    images = FolderImages(Path(data), c.preprocessing, max_pixels or c.runtime.max_pixels)
     evaluation = c.evaluate(images, images.targets)
     list_skipped(evaluation.result.skipped, images.paths)
     print(evaluation_report(evaluation, c.certificate_))

@@ -41,13 +41,12 @@ def fit(
     from ssl_exit.storage import check_model_folder
 
     spec = EncoderSpec(encoder, weights)
-    imported = ":" in encoder and not encoder.startswith("timm:")
-    if weights is None and not imported:
+    if weights is None and not spec.imported:
         raise InputError(f"encoder {encoder!r} needs --weights: a weights file, or DEFAULT to download")
     check_model_folder(Path(out))  # before hours of work, not after
     preprocessing = preprocessing_for(spec, size=size, mean=mean, std=std, crop=crop)
     c = ExitClusterer(spec, **settings.parameters(), preprocessing=preprocessing)
-    images = FolderImages(Path(data), preprocessing)
+    images = FolderImages(Path(data), preprocessing, settings.runtime.max_pixels)
     c.fit(images, images.targets if settings.clusters.supervised else None)
     c.save(out)
     list_skipped(c.skipped_, images.paths)

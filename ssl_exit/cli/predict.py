@@ -11,6 +11,8 @@ def predict(
     audit: float | None = None,
     compile: bool | None = None,
     num_workers: int = 0,
+    max_pixels: int | None = None,
+    trust: str | None = None,
     device: str = "auto",
 ) -> None:
     """Cluster a folder of images with early exits.
@@ -24,6 +26,9 @@ def predict(
         audit: share of the images that leave early which go on to the end too; that of fit if not set.
         compile: run full batches through torch.compile; as in fit if not set.
         num_workers: processes that decode images.
+        max_pixels: of one image file, larger ones are skipped; as in fit if not set.
+        trust: the module:function of a model whose encoder was built by code of yours (on the Python path): it is
+            imported and called.
         device: auto, cpu, cuda, cuda:1, ...
     """
     import json
@@ -33,13 +38,13 @@ def predict(
     from ssl_exit.data.images import FolderImages
     from ssl_exit.report.label_file import LabelFile
 
-    c = load(model, device=device, audit=audit, compile=compile)
+    c = load(model, device=device, trust=trust, audit=audit, compile=compile)
     c.set_params(runtime__num_workers=num_workers)
-    images = FolderImages(Path(data), c.preprocessing)
+    images = FolderImages(Path(data), c.preprocessing, max_pixels or c.runtime.max_pixels)
     key = json.dumps([c.model_.hashes(), str(Path(data).resolve())])
     skipped: dict[int, str] = {}
     cost, clustered = 0.0, 0
-    with LabelFile(Path(out), images.paths, c.exit_names_, key) as labels:
+    with LabelFile(Path(out), images.paths, c.exit_names_, key, list(images.versions())) as labels:
         before = labels.n_rows
         if before:
             print(f"continuing behind {before} rows of a run that was stopped", file=sys.stderr)

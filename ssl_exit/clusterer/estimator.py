@@ -262,7 +262,7 @@ class ExitClusterer(ClusterMixin, Fitted):
         """
         model, runtime, how = self._fitted(), Runtime.of(self.runtime), Calibration.of(self.calibration)
         settings = replace(model.settings, batch_size=self.batch_size).nested(
-            runtime={"num_workers": runtime.num_workers, "progress": runtime.progress},
+            runtime={name: getattr(runtime, name) for name in ("num_workers", "max_pixels", "progress")},
             calibration={"audit": how.audit, "false_alarm": how.false_alarm},
         )
         save_model(Path(folder), replace(model, settings=settings, preprocessing=self.preprocessing))
@@ -289,7 +289,8 @@ class ExitClusterer(ClusterMixin, Fitted):
         return source, *record(self.model_.cascade, batches)
 
     def _open(self, data: ImageData) -> ImageSource:
-        return open_images(data, self.preprocessing, Runtime.of(self.runtime).num_workers)
+        how = Runtime.of(self.runtime)
+        return open_images(data, self.preprocessing, how.num_workers, max_pixels=how.max_pixels)
 
     def _all(self, data: ImageData, task: str) -> tuple[ImageSource, Iterator[Batch]]:
         """Images for a fitted model, and batches of all of them in order."""
@@ -307,30 +308,32 @@ def load(
     encoder: nn.Module | Sequence[nn.Module] | None = None,
     device: str = "auto",
     *,
+    trust: str | None = None,
     front: nn.Module | None = None,
     audit: float | None = None,
     compile: bool | None = None,
 ) -> ExitClusterer:
-    """Read a model that `ExitClusterer.save` wrote.
+    """Read a model that `ExitClusterer.save` wrote; no code of others runs unless you name it in `trust`.
 
     Args:
         folder: the model.
         encoder: a module of the same architecture, for models whose encoder was passed as a module; it is
-            copied, and filled with the saved weights. Models saved with an EncoderSpec build their own; for
-            "module:function" that imports the module from the Python path.
+            copied, and filled with the saved weights. Models saved with an EncoderSpec build their own.
         device: where to run: "auto" or what torch.device takes.
+        trust: the "module:function" of a model whose encoder is built by code of yours: the one that may be imported
+            from the Python path and called.
         front: a module of the same architecture as the front, for models with one of your own.
         audit, compile: other values than those the model was fitted with.
 
     Raises:
-        InputError: the folder is no model, truncated, changed since it was written, of a newer format, or
-            needs an encoder; or an audit that cannot be.
+        InputError: the folder is no model, truncated, changed since it was written, of a newer format, needs an
+            encoder, or names code that is not trusted; or an audit that cannot be.
     """
     changes: dict[str, dict[str, Any]] = {
         "calibration": {} if audit is None else {"audit": audit},
         "runtime": {} if compile is None else {"compile": compile},
     }
-    model = load_model(folder, encoder, device, front, **changes)
+    model = load_model(folder, encoder, device, front, trust, **changes)
     network = EncoderSpec(model.spec, str(Path(folder) / WEIGHTS)) if model.spec else model.encoder
     parameters = model.settings.parameters() | {"front": replace(model.settings.front, network=front)}
     c = ExitClusterer(network, **parameters, preprocessing=model.preprocessing)

@@ -1,6 +1,7 @@
 """One kind of image source for a folder, a tensor, a Dataset or a DataLoader; for fitting, clustering and training."""
 
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,9 +22,11 @@ from torch.utils.data import (
 )
 
 from ssl_exit.data.preprocessing import Preprocessing
-from ssl_exit.errors import InputError
+from ssl_exit.errors import InputError, printable
+from ssl_exit.settings import Runtime
 
 EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # of Pillow; its others start programs, or are rare
 
 
 @dataclass(frozen=True)
@@ -67,14 +70,19 @@ class ImageSource:
 
     def name(self, position: int) -> str:
         """How a message refers to an image."""
-        return self.paths[position] if self.paths else f"position {position}"
+        return printable(self.paths[position]) if self.paths else f"position {position}"
 
 
 ImageData = Tensor | Dataset | DataLoader | ImageSource | str | Path
 
 
 def open_images(
-    data: Any, preprocessing: Preprocessing | None = None, num_workers: int = 0, *, pixels: bool = False
+    data: Any,
+    preprocessing: Preprocessing | None = None,
+    num_workers: int = 0,
+    *,
+    max_pixels: int = Runtime.max_pixels,
+    pixels: bool = False,
 ) -> ImageSource:
     """Make an image source.
 
@@ -85,13 +93,14 @@ def open_images(
             Floating-point images are taken as they are; uint8 and PIL images are preprocessed.
         preprocessing: for folders, uint8 and PIL images.
         num_workers: processes that decode images.
+        max_pixels: of one image of a folder; larger ones are skipped.
         pixels: neither scale to [0, 1] nor standardise: uint8 images keep their pixels, resized and cropped.
 
     Raises:
         InputError: data of another kind, empty, or in need of a preprocessing that is missing.
     """
     if isinstance(data, (str, Path)):
-        data = FolderImages(Path(data), preprocessing)
+        data = FolderImages(Path(data), preprocessing, max_pixels)
     if isinstance(data, ImageSource):
         source = data
     elif isinstance(data, Tensor):
@@ -117,19 +126,34 @@ class Unreadable(str):
 class FolderImages(Dataset):
     """The image files below a folder, sorted by path.
 
+    Links are followed, but no folder is visited twice; what is no regular file is left out.
+
+    Args:
+        folder: of images.
+        preprocessing: of every image.
+        max_pixels: of one image; larger ones are unreadable. Pillow's own limit is 178,956,970
+            (`PIL.Image.MAX_IMAGE_PIXELS`, which the command line lifts).
+
     Attributes:
         paths: the files, relative to the folder.
         classes: names of the sub-folders, if every image lies in one; for evaluation only.
+
+    Raises:
+        InputError: no folder, no preprocessing, or no images in it.
     """
 
-    def __init__(self, folder: Path, preprocessing: Preprocessing | None) -> None:
+    def __init__(self, folder: Path, preprocessing: Preprocessing | None, max_pixels: int = Runtime.max_pixels) -> None:
         if not folder.is_dir():
             raise InputError(f"{str(folder)!r} is not a folder; expected a folder of images")
         if preprocessing is None:
             raise InputError("a folder of images needs a preprocessing (size, mean, std)")
-        files = (os.path.join(where, name) for where, _, names in os.walk(folder, followlinks=True) for name in names)
-        self.folder = folder
-        self.paths = sorted(os.path.relpath(p, folder) for p in files if Path(p).suffix.lower() in EXTENSIONS)
+        self.folder, self.max_pixels = folder, max_pixels
+        self.paths, unreadable = _image_files(folder)
+        if unreadable:
+            warnings.warn(
+                f"{len(unreadable)} folders cannot be read, such as {unreadable[0]}; images in them are left out",
+                stacklevel=2,
+            )
         if not self.paths:
             raise InputError(f"folder {str(folder)!r} holds no image files ({', '.join(EXTENSIONS)})")
         parents = [Path(path).parts[:-1] for path in self.paths]
@@ -154,10 +178,54 @@ class FolderImages(Dataset):
     def read(self, index: int, transform: Callable[[Image.Image], Tensor]) -> Tensor | Unreadable:
         """One image, decoded and transformed, or the reason why it cannot be read."""
         try:
-            with Image.open(self.folder / self.paths[index]) as image:
+            with Image.open(self.folder / self.paths[index], formats=FORMATS) as image:
+                if image.width * image.height > self.max_pixels:
+                    return Unreadable(
+                        f"{image.width} x {image.height} pixels are more than max_pixels allows: {self.max_pixels}"
+                    )
                 return transform(image)
         except Exception as error:  # decoders raise whatever a damaged file leads them to
             return Unreadable(f"{type(error).__name__}: {error}")
+
+    def versions(self) -> Iterator[str]:
+        """Size in bytes and time of the last change of every file; both empty where it has gone."""
+        for path in self.paths:
+            try:
+                about = os.stat(self.folder / path)
+                yield f"{about.st_size} {about.st_mtime_ns}"
+            except OSError:
+                yield ""
+
+
+def _image_files(folder: Path) -> tuple[list[str], list[str]]:
+    """Image files below a folder, sorted paths relative to it, and why folders in it cannot be read.
+
+    Links to folders are followed after all real folders, so that what is reached both ways has its real name.
+    """
+    paths, unreadable = [], []
+    visited: set[tuple[int, int]] = set()
+    waiting, links = [""], list[str]()
+    while waiting or links:
+        where = waiting.pop() if waiting else links.pop(0)
+        try:
+            about = os.stat(folder / where)
+            if (about.st_dev, about.st_ino) in visited:
+                continue
+            visited.add((about.st_dev, about.st_ino))
+            entries = sorted(os.scandir(folder / where), key=lambda entry: entry.name)
+        except OSError as error:
+            unreadable.append(f"{str(folder / where)!r} ({error.strerror})")
+            continue
+        for entry in entries:
+            path = os.path.join(where, entry.name)
+            try:
+                if entry.is_dir():
+                    (links if entry.is_symlink() else waiting).append(path)
+                elif os.path.splitext(entry.name)[1].lower() in EXTENSIONS and entry.is_file():
+                    paths.append(path)
+            except OSError:  # a link that leads in a circle
+                continue
+    return sorted(paths), unreadable
 
 
 class TensorImages(ImageSource):
@@ -213,7 +281,7 @@ class DatasetImages(ImageSource):
         return len(self.dataset)
 
     def batches(self, order: np.ndarray, batch_size: int) -> Iterator[Batch]:
-        yield from DataLoader(
+        loader = DataLoader(
             _Indexed(self.dataset, self.convert, untouched=self.collate is not None),
             batch_size=batch_size,
             sampler=map(int, order),  # a list of a million takes 36 MB
@@ -222,6 +290,15 @@ class DatasetImages(ImageSource):
             generator=torch.Generator().set_state(torch.get_rng_state()),  # the global one is not advanced
             **self.workers,
         )
+        try:
+            yield from loader
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise OSError(
+                f"a process that decodes images died ({error}): memory, or shared memory in /dev/shm, may be full; use "
+                "fewer num_workers or a smaller batch_size, or 0 workers to see the reason"
+            ) from error
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,9 @@
 """From a decoded image to the tensor an encoder expects; saved with every model."""
 
 import json
+import math
 from dataclasses import asdict, dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,9 @@ from torch import Tensor
 
 from ssl_exit.errors import InputError
 
+LARGEST = 16_384  # pixels a side that an encoder may see
+LONGEST = 4  # sides of an image: what is longer is cropped before it is scaled, so that memory stays bounded
+GAP = 3  # an image is first averaged down by a whole factor to no less than so many times its final size
 METADATA = "ssl_exit.preprocessing"  # key in the metadata of a weights file
 
 
@@ -33,12 +38,16 @@ class Preprocessing:
     crop: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.size < 1 or not 0 < self.crop <= 1:
-            raise InputError(f"size must be at least 1 and crop in (0, 1]; got size={self.size}, crop={self.crop}")
-        if len(self.mean) not in (1, 3) or len(self.std) != len(self.mean) or min(self.std) <= 0:
+        size, crop = self.size, self.crop
+        if not isinstance(size, Integral) or isinstance(size, bool) or not 1 <= size <= LARGEST or not 0 < crop <= 1:
             raise InputError(
-                f"mean and std need one entry a channel, 1 (grey) or 3 (RGB), every std above 0; got mean={self.mean}, "
-                f"std={self.std}"
+                f"size must be a whole number from 1 to {LARGEST} and crop in (0, 1]; got size={size}, crop={crop}"
+            )
+        fit = len(self.mean) == len(self.std) in (1, 3)
+        if not fit or not np.isfinite([*self.mean, *self.std]).all() or min(self.std) <= 0:
+            raise InputError(
+                "mean and std need one finite entry a channel, 1 (grey) or 3 (RGB), every std above 0; got "
+                f"mean={self.mean}, std={self.std}"
             )
         object.__setattr__(self, "mean", tuple(self.mean))
         object.__setattr__(self, "std", tuple(self.std))
@@ -85,17 +94,38 @@ class Preprocessing:
         return images.sub_(mean).div_(std)
 
     def _decode(self, image: Image.Image) -> Tensor:
+        """Pixels of a PIL image, cropped to at most four times as long as wide and averaged down towards its final
+        size: what it takes is about 7 bytes a pixel of the file."""
         if image.mode == "F":
             raise InputError("floating-point pixels have no known range; save the images with 8 or 16 bits")
-        if image.mode.startswith("I"):  # 16-bit files
-            deep = np.clip(np.asarray(image, dtype=np.float64) / 257, 0, 255)
-            image = Image.fromarray(deep.round().astype(np.uint8))
+        least = GAP * round(self.size / self.crop)
+        scale = least / min(image.size)
+        if scale < 1:  # a JPEG is scaled while it is decoded
+            image.draft(None, (math.ceil(image.width * scale), math.ceil(image.height * scale)))
+        width, height = image.size
+        longest = LONGEST * min(width, height)
+        if max(width, height) > longest:
+            left, top = max(0, width - longest) // 2, max(0, height - longest) // 2
+            image = image.crop((left, top, left + min(width, longest), top + min(height, longest)))
+        if image.mode.startswith("I"):
+            image = Image.fromarray(_eight_bits(np.asarray(image)))
+        image = image.convert("RGB" if len(self.mean) == 3 else "L")
+        factor = min(image.size) // least
         from torchvision.transforms.v2.functional import pil_to_tensor
 
-        return pil_to_tensor(image.convert("RGB" if len(self.mean) == 3 else "L"))
+        return pil_to_tensor(image.reduce(factor) if factor > 1 else image)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def _eight_bits(deep: np.ndarray) -> np.ndarray:
+    """Pixels of 16-bit files, (H, W) of any integer type, as uint8; row by row, since those in float64 would take
+    eight bytes each."""
+    shallow = np.empty(deep.shape, np.uint8)
+    for row, values in zip(shallow, deep, strict=True):
+        row[:] = np.clip(values / 257, 0, 255).round()
+    return shallow
 
 
 def preprocessing_of_weights(weights: str | None) -> Preprocessing | None:

@@ -7,10 +7,13 @@ from dataclasses import replace
 from itertools import islice
 
 import numpy as np
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from ssl_exit.data.images import Batch, ImageSource
 from ssl_exit.errors import InputError
+
+LIKE_PIXELS = 20.0  # what no image in [0, 1] reaches once its mean is subtracted and it is divided by its deviation
 
 
 def read(
@@ -33,12 +36,16 @@ def read(
         progress: show a bar, on a terminal and for more than one batch.
 
     Raises:
-        InputError: images of another shape.
+        InputError: images of another shape, or fewer or more of them than positions.
     """
+    came = 0
     shown = progress and len(order) > batch_size
     with tqdm(total=len(order), desc=task, unit="img", disable=None) if shown else nullcontext() as bar:
         for batch in source.batches(order, batch_size):
+            came += len(batch.indices) + len(batch.skipped)
             if len(batch.indices):
+                if shape is None:
+                    _warn_of_unscaled(batch.images)
                 shape = shape or tuple(batch.images.shape[1:])
                 if batch.images.shape[1:] != shape:
                     raise InputError(
@@ -47,6 +54,22 @@ def read(
             yield batch
             if bar is not None:
                 bar.update(len(batch.indices) + len(batch.skipped))
+    if came != len(order):
+        raise InputError(
+            f"{came} images came where the data promised {len(order)}: a Dataset whose len() is wrong, or that raises "
+            "StopIteration, or a batch_sampler of your own"
+        )
+
+
+def _warn_of_unscaled(images: Tensor) -> None:
+    """Warn of floating-point images that look like pixels from 0 to 255."""
+    low, high = (value.item() for value in images.aminmax()) if images.is_floating_point() else (0, 0)
+    if low >= 0 and high > LIKE_PIXELS:
+        warnings.warn(
+            f"images have values from {low:g} to {high:g} and are taken as they are; pixels from 0 to 255 belong in a "
+            "uint8 tensor, with a preprocessing",
+            stacklevel=3,
+        )
 
 
 def first_images(source: ImageSource, order: np.ndarray, batch_size: int) -> Batch:

@@ -4,6 +4,8 @@ import importlib
 import importlib.util
 import pickle
 import re
+import warnings
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,6 +63,16 @@ class EncoderSpec:
     name: str
     weights: str | None = None
 
+    @property
+    def imported(self) -> bool:
+        """Whether the name is a "module:function"."""
+        return ":" in self.name and not self.name.startswith("timm:")
+
+    @property
+    def foreign(self) -> bool:
+        """Whether building it runs code that is neither this library's, torchvision's nor timm's."""
+        return self.imported and not self.name.startswith(digits_encoder.__module__ + ":")
+
     def build(self) -> nn.Module:
         """The encoder, in eval mode.
 
@@ -93,10 +105,9 @@ class EncoderSpec:
 
     def _architecture(self, download: bool) -> tuple[nn.Module, str | None]:
         """The architecture without its classifier, and the classifier's name (its keys may be left over)."""
-        imported = ":" in self.name and not self.name.startswith("timm:")
-        if download and (imported or self.name in OWN):
+        if download and (self.imported or self.name in OWN):
             raise InputError(f"{self.name!r} has no weights to download; name a weights file")
-        if imported:
+        if self.imported:
             return _imported(self.name), None
         if self.name in OWN:
             build, classifier = OWN[self.name]
@@ -150,7 +161,10 @@ def read_state_dict(file: Path) -> dict[str, Tensor]:
     try:
         if file.suffix == ".safetensors":
             return load_file(file)
+        _check_stored(file)
         state = torch.load(file, map_location="cpu", weights_only=True)
+    except InputError:
+        raise
     except pickle.UnpicklingError as error:
         raise InputError(
             f"weights file {str(file)!r} is damaged, or holds more than tensors and is not read, because that would "
@@ -164,6 +178,25 @@ def read_state_dict(file: Path) -> dict[str, Tensor]:
     return state
 
 
+def _check_stored(file: Path) -> None:
+    """Refuse a torch file whose content would take more memory than the file: torch stores without compressing."""
+    if not zipfile.is_zipfile(file):
+        return
+    with zipfile.ZipFile(file) as archive:
+        entries = archive.infolist()
+    size = file.stat().st_size
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries) or sum(e.file_size for e in entries) > size:
+        raise InputError(
+            f"weights file {str(file)!r} holds compressed entries, which torch never writes, and is not unpacked"
+        )
+
+
+def _castable(stored: Tensor, own: Tensor) -> bool:
+    """Whether weights of one type may fill those of another: floating point of 16 bits or more, or the same type."""
+    floats = stored.is_floating_point() and own.is_floating_point() and stored.element_size() > 1
+    return floats or stored.dtype == own.dtype
+
+
 def _fill(encoder: nn.Module, classifier: str | None, file: Path, name: str) -> None:
     own = encoder.state_dict()
     state, prefix = _under_prefix(read_state_dict(file), set(own))
@@ -171,17 +204,18 @@ def _fill(encoder: nn.Module, classifier: str | None, file: Path, name: str) -> 
         state = {key: value for key, value in state.items() if not key.startswith(classifier + ".") or key in own}
     missing, unexpected = sorted(set(own) - set(state)), sorted(set(state) - set(own))
     missing = [key for key in missing if not key.endswith("num_batches_tracked")]
-    misfits = [
-        f"{k}: {tuple(state[k].shape)}, not {tuple(own[k].shape)}"
-        for k in own
-        if k in state and state[k].shape != own[k].shape
-    ]
+    both = [key for key in own if key in state]
+    other = [key for key in both if state[key].shape != own[key].shape]
+    misfits = [f"{key}: {tuple(state[key].shape)}, not {tuple(own[key].shape)}" for key in other]
+    misfits += [f"{k}: {state[k].dtype}, not {own[k].dtype}" for k in both if not _castable(state[k], own[k])]
     if missing or unexpected or misfits:
         where = f" under {prefix!r}" if prefix else ""
         raise InputError(
             f"weights file {str(file)!r} does not fit {name}{where}: missing keys {missing}; unexpected keys "
-            f"{unexpected}; shapes {misfits}"
+            f"{unexpected}; shapes and types {misfits}"
         )
+    if others := sorted({str(state[k].dtype) for k in both if state[k].dtype != own[k].dtype}):
+        warnings.warn(f"weights file {str(file)!r} holds {', '.join(others)}; used as float32", stacklevel=4)
     encoder.load_state_dict(state, strict=False)
 
 

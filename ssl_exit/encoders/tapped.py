@@ -104,10 +104,10 @@ class TappedEncoder(nn.Module):
         descriptors += [Descriptor(*args, normalize) for args in zip(kinds, shapes, layouts, strict=True)]
         accumulate = accumulate and sum(d.dim for d in descriptors[len(fronts) :]) <= WIDEST
         with torch.no_grad(), eval_mode(staged):
-            shape = tuple(staged(example[:1]).shape[1:])
-        layout = layout_of(shape, image)
+            shape = _checked_output(staged(example[:1])).shape[1:]
+        layout = layout_of(tuple(shape), image)
         staged = behind(len(fronts), example.shape[1:], staged)
-        return cls(staged, descriptors, Descriptor("average", shape, layout), accumulate)
+        return cls(staged, descriptors, Descriptor("average", tuple(shape), layout), accumulate)
 
     def for_inference(self, precision: str, image: Sequence[int]) -> "TappedEncoder":
         """A copy rewritten for speed (see `for_inference`); this one is left unchanged.
@@ -175,3 +175,22 @@ class TappedEncoder(nn.Module):
             x = stage(x)
             described.append(descriptor(x))
         return torch.cat(described, dim=1), self.output(last(x))
+
+
+def _checked_output(features: Tensor) -> Tensor:
+    """What the encoder returned for one image.
+
+    Raises:
+        InputError: it is no dense tensor of real numbers with one row an image and at least one feature.
+    """
+    usable = isinstance(features, Tensor) and features.is_floating_point() and features.dim() >= 2
+    if not usable or features.layout != torch.strided or features.is_meta or len(features) != 1 or not features.numel():
+        got = type(features).__name__
+        if isinstance(features, Tensor):
+            kind = "meta" if features.is_meta else str(features.layout).removeprefix("torch.")
+            got = f"a {kind} tensor of shape {tuple(features.shape)} and dtype {features.dtype}"
+        raise InputError(
+            f"the encoder must return, for each image, one row of at least one floating-point feature in a dense "
+            f"tensor, (N, ...); for one image it returned {got}"
+        )
+    return features

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from ssl_exit.cascade.cascade import Cascade
@@ -16,6 +17,7 @@ from ssl_exit.data.preprocessing import Preprocessing
 from ssl_exit.data.reading import first_images
 from ssl_exit.encoders.front import FrontDescriptor
 from ssl_exit.encoders.inference import usable_device
+from ssl_exit.encoders.repeatable import check_repeatable
 from ssl_exit.encoders.stages import MOST_EXITS, WIDEST
 from ssl_exit.encoders.tapped import TappedEncoder
 from ssl_exit.errors import InputError
@@ -69,6 +71,7 @@ def fit(
         points = []  # exits behind a front would add work and save nothing (docs/front.md)
     if settings.front.kind != "none":
         bare = cut([], settings.exits.descriptor)
+        _check_repeatable(encoder, bare, example, settings)
         untaught = sized_fronts(bare, example, settings)
         _check_fronts(cut(points, settings.exits.descriptor, settings.exits.accumulate, untaught), settings)
         cache = CachedImages(source, shape, settings.front.side)
@@ -108,6 +111,11 @@ def logits_per_image(settings: Settings) -> int:
     fronts = 0 if front.kind == "none" else len(front.shares)
     exits = fronts + (len(points) if not isinstance(points, str) else 0 if fronts else MOST_EXITS)
     return exits * len(rule_classes(settings.rule.name)) * (settings.n_clusters + 1)
+
+
+def _check_repeatable(encoder: nn.Module, tapped: TappedEncoder, example: Tensor, settings: Settings) -> None:
+    with torch.random.fork_rng(devices=[]):  # an encoder that draws random numbers draws from the global generator
+        check_repeatable(encoder, lambda x: tapped.final_features(tapped.enter(x)), example, settings.runtime.precision)
 
 
 def _check_fronts(tapped: TappedEncoder, settings: Settings) -> None:
@@ -204,6 +212,8 @@ def _with_exits(
 
     tapped = cut(points, exits.descriptor, exits.accumulate, fronts)
     _check_patience(settings, len(tapped.seen))
+    if not fronts:
+        _check_repeatable(cut.encoder, tapped, cut.example, settings)
     rules = rules_of(tapped)
     hashes: list[np.ndarray] = []
     passes = [noted(images(order, "fit"), hashes)]

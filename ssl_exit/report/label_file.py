@@ -1,23 +1,29 @@
-"""Labels as CSV: one row an image, in input order: path, label, exit, score."""
+"""Labels as CSV: one row an image, in input order: path, label, exit, score.
+
+A name that a spreadsheet would take for a formula, because it begins with = + - @ or a control character, is written
+with ./ before it, which names the same file. Names that are not UTF-8 are written as the bytes they are (Python's
+surrogateescape: `open(file, encoding="utf-8", errors="surrogateescape")` reads them).
+"""
 
 import csv
+import glob
 import hashlib
+import io
+import json
 import os
+import zlib
 from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from types import TracebackType
-from typing import IO
+from typing import IO, NamedTuple
 
 from ssl_exit.cascade.result import ExitResult
 from ssl_exit.errors import InputError
-from ssl_exit.files import atomic_file, check_file
+from ssl_exit.files import atomic_file, check_file, lock, remove_unlocked
 
 HEAD = ("path", "label", "exit", "score")
-
-
-def _open(file: Path, mode: str) -> IO[str]:
-    return open(file, mode, newline="", encoding="utf-8", errors="surrogateescape")
+FORMULA = ("=", "+", "-", "@", *map(chr, range(32)), "\x7f")  # beginnings of a cell that may be more than text
 
 
 def write_labels(file: Path, names: Sequence[str], result: ExitResult, exit_names: Sequence[str]) -> None:
@@ -25,31 +31,41 @@ def write_labels(file: Path, names: Sequence[str], result: ExitResult, exit_name
 
     An image that could not be used has label -1 and neither exit nor score.
     """
-    with atomic_file(file) as draft, _open(draft, "w") as f:
-        writer = csv.writer(f)
-        writer.writerow(HEAD)
-        writer.writerows(_rows(names, result, exit_names))
+    with atomic_file(file) as draft:
+        draft.write_bytes(_csv([HEAD]) + _csv(_rows(names, result, exit_names)))
+
+
+class _Mark(NamedTuple):
+    """How much of a draft is written: rows, bytes, and the CRC-32 of those bytes; a line of JSON each time."""
+
+    rows: int
+    size: int
+    crc: int
 
 
 class LabelFile:
     """Rows written as they come, to a draft beside the file that replaces it when all are written.
 
-    A run that was killed leaves its draft; the next one with the same key continues behind its last complete row. Key,
-    exits and names of the images are part of the draft's name: rows of another model or of other names are not
-    continued.
+    A run that was killed leaves its draft, and beside it marks: after every `add` the number of rows, of bytes, and
+    their checksum. The next run with the same key continues behind the last mark up to which the draft is what was
+    written; behind a flipped bit it is not. Key, exits, names and versions of the images are part of the draft's name:
+    rows of another model, of other images or of images that changed are not continued.
 
     Attributes:
         n_rows: rows that are written already.
     """
 
-    def __init__(self, file: Path, names: Sequence[str], exit_names: Sequence[str], key: str) -> None:
+    def __init__(
+        self, file: Path, names: Sequence[str], exit_names: Sequence[str], key: str, versions: Sequence[str] = ()
+    ) -> None:
         """Open the draft.
 
         Args:
             file: that appears in the end.
             names: of all images.
             exit_names: of the exits, and "end".
-            key: what the rows depend on; names and exits are added to it.
+            key: what the rows depend on; names, exits and versions are added to it.
+            versions: of every image, such as size and time of its file.
 
         Raises:
             InputError: there is a folder or a device of that name.
@@ -57,25 +73,35 @@ class LabelFile:
         check_file(file)
         self.file, self.names, self.exit_names = file, names, exit_names
         digest = hashlib.sha256()
-        for word in chain([key, *exit_names, ""], names):
+        for word in chain([key, *exit_names, ""], names, [""], versions):
             digest.update(word.encode(errors="surrogateescape") + b"\0")
         self.draft = file.with_name(f".{file.name}-{digest.hexdigest()[:12]}.part")
+        self.marks = self.draft.with_suffix(".marks")
         file.parent.mkdir(parents=True, exist_ok=True)
-        self.n_rows = 0
-        with atomic_file(self.draft) as fresh, _open(fresh, "w") as f:
-            writer = csv.writer(f)
-            writer.writerow(HEAD)
-            for row in self._complete_rows():
-                writer.writerow(row)
-                self.n_rows += 1
-        self._handle = _open(self.draft, "a")
+        self._mark = self._last_true_mark()
+        with atomic_file(self.marks) as fresh:
+            fresh.write_bytes(_line(self._mark))
+        with atomic_file(self.draft) as fresh, fresh.open("wb") as f:
+            if self.n_rows:
+                _copy(self.draft, f, self._mark.size)
+            else:
+                f.write(_csv([HEAD]))
+        self._handle, self._marks = self.draft.open("ab"), self.marks.open("ab")
+        for handle, path in ((self._handle, self.draft), (self._marks, self.marks)):
+            lock(handle.fileno(), path)
+
+    @property
+    def n_rows(self) -> int:
+        return self._mark.rows
 
     def add(self, result: ExitResult) -> None:
         """Append the rows of the next images."""
         end = self.n_rows + len(result.labels)
-        csv.writer(self._handle).writerows(_rows(self.names[self.n_rows : end], result, self.exit_names))
-        self._handle.flush()
-        self.n_rows = end
+        rows = _csv(_rows(self.names[self.n_rows : end], result, self.exit_names))
+        self._mark = _Mark(end, self._mark.size + len(rows), zlib.crc32(rows, self._mark.crc))
+        for handle, content in ((self._handle, rows), (self._marks, _line(self._mark))):
+            handle.write(content)
+            handle.flush()
 
     def __enter__(self) -> "LabelFile":
         return self
@@ -83,33 +109,57 @@ class LabelFile:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         ours = os.fstat(self._handle.fileno()).st_ino
         self._handle.close()
+        self._marks.close()
         if not self.draft.is_file() or self.draft.stat().st_ino != ours:
             raise InputError(f"another process writes {str(self.file)!r} too; let one of them finish") from error
         if kind is None and self.n_rows == len(self.names):
             self.draft.replace(self.file)
+            self.marks.unlink(missing_ok=True)
+            for left in self.file.parent.glob(f".{glob.escape(self.file.name)}-{'?' * 12}.*"):
+                if left.suffix in (".part", ".marks"):  # of runs with other keys that were killed
+                    remove_unlocked(left)
 
-    def _complete_rows(self) -> Iterator[list[str]]:
-        """Rows that an earlier run left: those of these images, up to the last line that has an end."""
-        if not self.draft.is_file():
-            return
-        with self.draft.open("rb") as f:
-            f.seek(-min(1, self.draft.stat().st_size), os.SEEK_END)
-            ended = f.read() == b"\n"
-        last: list[str] | None = None
-        with _open(self.draft, "r") as text:
-            rows = csv.reader(text)
-            next(rows, None)
-            for row, name in zip(rows, self.names, strict=False):
-                if last is not None:
-                    yield last
-                if len(row) != len(HEAD) or row[0] != name:
-                    return
-                last = row
-        if last is not None and ended:
-            yield last
+    def _last_true_mark(self) -> _Mark:
+        """The last mark up to which the draft is what was written."""
+        head = _csv([HEAD])
+        last = _Mark(0, len(head), zlib.crc32(head))
+        if not (self.draft.is_file() and self.marks.is_file()):
+            return last
+        crc, size = 0, 0
+        with self.draft.open("rb") as draft, self.marks.open("rb") as marks:
+            for line in marks:
+                try:
+                    mark = _Mark(*map(int, json.loads(line)))
+                except (ValueError, TypeError):  # the last line of a run that was killed
+                    break
+                block = draft.read(max(0, mark.size - size))
+                crc, size = zlib.crc32(block, crc), size + len(block)
+                if (crc, size) != (mark.crc, mark.size):
+                    break
+                last = mark
+        return last
+
+
+def _copy(file: Path, to: IO[bytes], size: int) -> None:
+    """The first bytes of a file."""
+    with file.open("rb") as f:
+        while size and (block := f.read(min(size, 1 << 20))):
+            to.write(block)
+            size -= len(block)
+
+
+def _line(mark: _Mark) -> bytes:
+    return json.dumps(mark).encode() + b"\n"
+
+
+def _csv(rows: Iterator[tuple[str, ...]] | list[tuple[str, ...]]) -> bytes:
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows(rows)
+    return text.getvalue().encode("utf-8", errors="surrogateescape")
 
 
 def _rows(names: Sequence[str], result: ExitResult, exit_names: Sequence[str]) -> Iterator[tuple[str, ...]]:
     for name, label, exit_, score in zip(names, result.labels, result.exits, result.scores, strict=True):
         used = label >= 0
-        yield (name, str(label), exit_names[exit_] if used else "", f"{score:.6f}" if used else "")
+        safe = f"./{name}" if name.startswith(FORMULA) else name
+        yield (safe, str(label), exit_names[exit_] if used else "", f"{score:.6f}" if used else "")

@@ -167,12 +167,14 @@ class Runtime(Group):
             faster where the hardware has it.
         compile: run full batches through torch.compile; falls back with a warning where it does not work.
         num_workers: processes that decode images.
+        max_pixels: of one image file; larger ones are skipped. Decoding takes about 7 bytes a pixel.
         progress: show progress bars on a terminal.
     """
 
     precision: Literal["float32", "bfloat16"] = "float32"
     compile: bool = False
     num_workers: int = option(0, "[0, inf)")
+    max_pixels: int = option(89_478_485, "[1, inf)")  # beyond, Pillow warns
     progress: bool = True
 
 

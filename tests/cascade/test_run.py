@@ -7,9 +7,11 @@ import pytest
 import torch
 
 from ssl_exit.cascade import run as engine
+from ssl_exit.cascade.cascade import finite_images
 from ssl_exit.cascade.plan import Plan
 from ssl_exit.cascade.run import Run, _Queue
 from ssl_exit.data.images import Batch, open_images
+from ssl_exit.errors import InputError
 from ssl_exit.exits.thresholds import simulate
 from ssl_exit.fitting.record import record
 from tests.conftest import batches_of
@@ -81,6 +83,7 @@ def test_one_synchronisation_a_run_of_a_segment(fitted, test_images, monkeypatch
     """On a GPU the host waits where it must know how many go on, and nowhere else."""
     plan = fitted.model_.plan
     waits, calls = [], []
+    monkeypatch.setattr(engine, "finite_images", lambda x: x.flatten(1).isfinite().all(1))  # as on a GPU
     nonzero, call = torch.Tensor.nonzero, Plan.call
     monkeypatch.setattr(torch.Tensor, "nonzero", lambda self: waits.append(1) or nonzero(self))
     monkeypatch.setattr(Plan, "call", lambda self, s, *a, **k: calls.append(s.exit) or call(self, s, *a, **k))
@@ -208,3 +211,18 @@ def test_whole_encoder_labels_are_those_of_the_untouched_encoder(fitted, test_im
         features = fitted.encoder(test_images).numpy()
     cosine = features @ fitted.cluster_centers_.T / np.linalg.norm(features, axis=1, keepdims=True)
     np.testing.assert_array_equal(fitted.predict_full(test_images), cosine.argmax(1))
+
+
+def test_fewer_images_than_promised_are_an_error(fitted, test_images):
+    with pytest.raises(InputError, match="200 images came where 210 were promised"):
+        fitted.model_.run(batches_of(test_images, 64), 210, 64)
+
+
+def test_finite_pixels_whose_sum_overflows_are_finite():
+    images = torch.rand(6, 3, 8, 8)
+    images[1] = 3e38
+    images[2, 0, 3, 3] = torch.nan
+    images[3, 1, 0, 0] = -torch.inf
+    images[4, :, 0, 0], images[4, :, 1, 1] = torch.inf, -torch.inf
+    assert finite_images(images).tolist() == [True, True, False, False, False, True]
+    assert finite_images(images[:2]).all()

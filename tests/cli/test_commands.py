@@ -13,8 +13,11 @@ from PIL import Image
 
 from ssl_exit import ExitClusterer
 from ssl_exit.cli import COMMANDS, command, main, parser_of
+from ssl_exit.data.images import FolderImages
+from ssl_exit.data.preprocessing import Preprocessing
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+GREY = Preprocessing(8, (0.0,), (1.0,))
 FIT = ["fit", "--encoder", "ssl_exit.encoders.small:digits_encoder", "--size", "8", "--mean", "[0.0]", "--std", "[1.0]",
        "--n-clusters", "3", "--max-disagreement", "0.4", "--confidence", "0.5", "--device", "cpu"]  # fmt: skip
 
@@ -178,6 +181,38 @@ def test_an_interrupted_predict_goes_on_where_it_stopped(model, image_folder, tm
     assert "continuing behind 32 rows" in capsys.readouterr().err
     assert (tmp_path / "l.csv").read_text() == (tmp_path / "whole.csv").read_text()
     assert not list(tmp_path.glob(".*.part"))
+
+
+def test_rows_of_images_that_changed_are_not_kept(model, image_folder, tmp_path, monkeypatch, capsys):
+    command = ["predict", "--model", str(model), "--data", str(image_folder), "--out", str(tmp_path / "l.csv")]
+    monkeypatch.setattr("ssl_exit.clusterer.estimator.PART", 1)
+    stream = ExitClusterer.stream
+
+    def interrupted(self, data, start):
+        self.batch_size = 16
+        yield from islice(stream(self, data, start), 2)
+        raise KeyboardInterrupt
+
+    for changed in (False, True):
+        with monkeypatch.context() as patch:
+            patch.setattr(ExitClusterer, "stream", interrupted)
+            with pytest.raises(SystemExit):
+                main(command)
+        if changed:
+            Image.new("L", (8, 8), 200).save(image_folder / "0" / FolderImages(image_folder / "0", GREY).paths[0])
+        main(command)
+        assert ("continuing behind" in capsys.readouterr().err) != changed
+
+
+def test_names_do_not_reach_the_terminal_as_they_are(model, image_folder, tmp_path, capsys):
+    (image_folder / "0" / "\x1b[31mred\x07\udce9.png").write_text("no image")
+    main(["predict", "--model", str(model), "--data", str(image_folder), "--out", str(tmp_path / "l.csv")])
+    error = capsys.readouterr().err
+    assert "0/\\x1b[31mred\\x07\\udce9.png" in error
+    assert "\x1b" not in error
+    with pytest.raises(SystemExit):
+        main(["predict", "--model", "\x1b[31mnowhere", "--data", str(image_folder)])
+    assert "\x1b" not in capsys.readouterr().err
 
 
 def test_quiet_where_there_is_no_terminal(image_folder, tmp_path):

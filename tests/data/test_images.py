@@ -1,5 +1,10 @@
 """Every kind of data gives the same images, and bad ones are told apart from good."""
 
+import os
+import signal
+import tracemalloc
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -17,6 +22,7 @@ from torch.utils.data import (
 
 from ssl_exit import Preprocessing
 from ssl_exit.data.images import FolderImages, open_images
+from ssl_exit.data.reading import read
 from ssl_exit.errors import InputError
 
 GREY = Preprocessing(8, (0.0,), (1.0,))
@@ -128,6 +134,116 @@ def prepare(worker):
 def test_workers_start_as_the_loader_has_it():
     loader = DataLoader(Opened(), num_workers=1, worker_init_fn=prepare, multiprocessing_context="fork")
     assert everything(open_images(loader))[1][:, 0, 0, 0].tolist() == [0, 1, 2, 3]
+
+
+def test_only_formats_on_the_list_are_decoded(image_folder, tmp_path):
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "drawing.eps")
+    (tmp_path / "drawing.eps").rename(image_folder / "0" / "drawing.jpg")  # Pillow would start Ghostscript
+    Image.open(image_folder / "0" / FolderImages(image_folder / "0", GREY).paths[0]).save(tmp_path / "x.gif")
+    (tmp_path / "x.gif").rename(image_folder / "0" / "really_a_gif.png")
+    source = open_images(image_folder, GREY)
+    _, _, skipped = everything(source)
+    assert [source.paths[i] for i in skipped] == ["0/drawing.jpg"]
+    assert "UnidentifiedImageError" in next(iter(skipped.values()))
+
+
+def test_memory_is_bounded_by_the_pixels_of_a_file(tmp_path):
+    Image.new("L", (1_000_000, 1), 7).save(tmp_path / "line.png")
+    Image.new("L", (1, 300_000), 9).save(tmp_path / "column.png")
+    Image.fromarray(np.full((3000, 3000), 257 * 11, np.uint16)).save(tmp_path / "deep.png")
+    Image.new("L", (100, 50), 3).save(tmp_path / "small.png")
+    source = open_images(tmp_path, Preprocessing(32, (0.0,), (1.0,)))
+    tracemalloc.start()
+    indices, images, skipped = everything(source, batch_size=1)
+    peak = tracemalloc.get_traced_memory()[1]  # of NumPy; 16-bit pixels in float64 would take 8 bytes each
+    assert peak < 5 * 3000 * 3000
+    tracemalloc.stop()
+    assert not skipped
+    values = {source.paths[i]: x.mul(255).round().unique().tolist() for i, x in zip(indices, images, strict=True)}
+    assert values == {"line.png": [7], "column.png": [9], "deep.png": [11], "small.png": [3]}
+    limited = open_images(tmp_path, Preprocessing(32, (0.0,), (1.0,)), max_pixels=500_000)
+    assert {source.paths[i] for i in everything(limited)[2]} == {"line.png", "deep.png"}
+
+
+def test_large_images_averaged_down_first_hardly_differ(tmp_path):
+    rng = np.random.default_rng(0)
+    smooth = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8)).resize(
+        (800, 600), Image.Resampling.BICUBIC
+    )
+    prepare = Preprocessing(32, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+    slow = prepare(torch.from_numpy(np.array(smooth)).permute(2, 0, 1))
+    smooth.save(tmp_path / "a.png")
+    smooth.save(tmp_path / "a.jpg", quality=95)
+    for index in range(2):
+        assert (FolderImages(tmp_path, prepare)[index] - slow).abs().mean() < 0.01
+
+
+def test_folders_end(image_folder, tmp_path, monkeypatch):
+    expected = FolderImages(image_folder, GREY).paths
+    (image_folder / "0" / "self").symlink_to(image_folder)
+    (image_folder / "again").symlink_to(image_folder / "1", target_is_directory=True)
+    (image_folder / "circle.png").symlink_to(image_folder / "circle.png")
+    (image_folder / "gone.png").symlink_to(tmp_path / "nothing")
+    os.mkfifo(image_folder / "pipe.png")
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    Image.new("L", (8, 8)).save(outside / "new.png")
+    (image_folder / "more").symlink_to(outside)
+    assert FolderImages(image_folder, GREY).paths == sorted([*expected, "more/new.png"])
+    scandir = os.scandir
+
+    def refused(path):
+        if str(path).endswith("/3"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr("os.scandir", refused)
+    with pytest.warns(UserWarning, match=r"1 folders cannot be read, such as .*/3' \(Permission denied\)"):
+        assert len(FolderImages(image_folder, GREY)) == len(expected) + 1 - 6
+
+
+class Short(Dataset):
+    """Ends before its length says so."""
+
+    def __init__(self, error):
+        self.error = error
+
+    def __len__(self):
+        return 40
+
+    def __getitem__(self, index):
+        if index >= 25:
+            raise self.error
+        return torch.full((1, 8, 8), index / 40)
+
+
+def test_data_that_end_early_are_refused():
+    batches = read(open_images(Short(StopIteration())), np.arange(40), 5)
+    with pytest.raises(InputError, match="25 images came where the data promised 40"):
+        list(batches)
+
+
+def test_images_that_look_like_pixels_are_warned_of():
+    for images, expected in (
+        (torch.rand(4, 1, 8, 8) * 255, 1),
+        (torch.randn(4, 1, 8, 8) * 3, 0),
+        (torch.ones(4, 1, 8, 8), 0),
+    ):
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            list(read(open_images(images), np.arange(4), 2))
+        assert len(seen) == expected
+        assert all("taken as they are" in str(each.message) for each in seen)
+
+
+class Dying(Opened):
+    def __getitem__(self, index):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_worker_that_is_killed_is_an_error_of_the_system():
+    with pytest.raises(OSError, match=r"a process that decodes images died.*/dev/shm"):
+        everything(open_images(Dying(), None, 1))
 
 
 class Stream(IterableDataset):

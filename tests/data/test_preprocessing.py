@@ -41,7 +41,7 @@ def test_pixels_of_the_right_size_are_only_scaled():
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"size": 0}, "size must be at least 1"),
+        ({"size": 0}, "size must be a whole number from 1"),
         ({"size": 8, "crop": 0.0}, "crop in"),
         ({"size": 8, "mean": (0.5, 0.5), "std": (1.0, 1.0)}, "1 .grey. or 3"),
         ({"size": 8, "std": (0.0, 1.0, 1.0)}, "every std above 0"),

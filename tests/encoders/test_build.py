@@ -1,5 +1,7 @@
 """Encoders by name and weights files."""
 
+import zipfile
+
 import pytest
 import pytorch_lightning as pl
 import torch
@@ -55,7 +57,9 @@ def test_keys_and_shapes_that_do_not_fit_are_listed(tmp_path):
     state["conv1.weight"] = torch.zeros(8, 3, 3, 3)
     del state["bn1.bias"]
     save_file(state, tmp_path / "w.safetensors")
-    message = r"missing keys \['bn1.bias'\]; unexpected keys \['extra.weight'\]; shapes \['conv1.weight: \(8, 3, 3, 3\)"
+    message = (
+        r"keys \['bn1.bias'\]; unexpected keys \['extra.weight'\]; shapes and types \['conv1.weight: \(8, 3, 3, 3\)"
+    )
     with pytest.raises(InputError, match=message):
         EncoderSpec("resnet20_cifar", str(tmp_path / "w.safetensors")).build()
 
@@ -72,6 +76,34 @@ def test_files_that_hold_no_weights_are_refused_and_run_nothing(tmp_path):
         with pytest.raises(InputError, match=name):
             EncoderSpec("resnet20_cifar", str(tmp_path / name)).build()
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_file_that_grows_when_it_is_unpacked_is_refused(tmp_path):
+    torch.save(tiny().state_dict(), tmp_path / "plain.pt")
+    EncoderSpec("tests.encoders.test_build:tiny", str(tmp_path / "plain.pt")).build()
+    with zipfile.ZipFile(tmp_path / "plain.pt") as plain, zipfile.ZipFile(tmp_path / "bomb.pt", "w") as bomb:
+        for entry in plain.infolist():
+            bomb.writestr(entry.filename, plain.read(entry))
+        bomb.writestr("plain/data/99", bytes(10**7), zipfile.ZIP_DEFLATED)
+    with pytest.raises(InputError, match="compressed entries, which torch never writes"):
+        EncoderSpec("tests.encoders.test_build:tiny", str(tmp_path / "bomb.pt")).build()
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int8, torch.uint8, torch.bool, torch.float8_e4m3fn])
+def test_weights_that_are_no_floating_point_numbers_are_refused(tmp_path, dtype):
+    save_file({key: value.to(dtype) for key, value in tiny().state_dict().items()}, tmp_path / "w.safetensors")
+    with pytest.raises(InputError, match=f"{dtype}, not torch.float32"):
+        EncoderSpec("tests.encoders.test_build:tiny", str(tmp_path / "w.safetensors")).build()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_weights_of_another_precision_are_used_with_a_warning(tmp_path, dtype):
+    state = tiny().state_dict()
+    save_file({key: value.to(dtype) for key, value in state.items()}, tmp_path / "w.safetensors")
+    with pytest.warns(UserWarning, match=f"{dtype}; used as float32"):
+        encoder = EncoderSpec("tests.encoders.test_build:tiny", str(tmp_path / "w.safetensors")).build()
+    for key, value in encoder.state_dict().items():
+        torch.testing.assert_close(value, state[key].to(dtype).float())
 
 
 @pytest.mark.parametrize(

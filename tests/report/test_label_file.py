@@ -1,5 +1,7 @@
 """Rows of labels: whole or absent, and gone on with after a kill."""
 
+import csv
+
 import numpy as np
 import pytest
 
@@ -26,22 +28,71 @@ def test_a_file_is_whole_or_absent(tmp_path):
     assert [f.name for f in tmp_path.iterdir()] == ["labels.csv"]
 
 
-def test_it_goes_on_behind_the_last_whole_row_wherever_it_was_cut(tmp_path):
+def started(file, parts):
+    """A file that was killed after some parts; what is left of it, draft and marks."""
+    for left in file.parent.glob(".*"):
+        left.unlink()
+    labels = LabelFile(file, NAMES, EXITS, "key")
+    for part in parts:
+        labels.add(result_of(part))
+    labels._handle.close()
+    labels._marks.close()
+    return labels.draft, labels.marks
+
+
+def test_it_goes_on_behind_the_last_mark_wherever_it_was_cut(tmp_path):
     whole, file = tmp_path / "whole.csv", tmp_path / "labels.csv"
     write_labels(whole, NAMES, result_of([1, 2, 3, 4, 5, 6]), EXITS)
-    text = whole.read_bytes()
-    rows = [0]
-    for cut in [*range(0, len(text), 3), len(text)]:
-        with LabelFile(file, NAMES, EXITS, "key") as started:
-            started.draft.write_bytes(text[:cut])  # as a kill would leave it
+    parts, rows = [[1, 2], [3], [4, 5, 6]], set()
+    sizes = [left.stat().st_size for left in started(file, parts)]
+    for which, size in enumerate(sizes):
+        for cut in [*range(0, size, 3), size]:
+            left = started(file, parts)[which]
+            left.write_bytes(left.read_bytes()[:cut])  # as a kill would leave it
+            with LabelFile(file, NAMES, EXITS, "key") as labels:
+                rows.add(labels.n_rows)
+                labels.add(result_of([1, 2, 3, 4, 5, 6][labels.n_rows :]))
+            assert file.read_bytes() == whole.read_bytes()
+            file.unlink()
+            assert [f.name for f in tmp_path.iterdir()] == ["whole.csv"]
+    assert rows == {0, 2, 3, 6}
+
+
+def test_nothing_behind_a_flipped_bit_is_kept(tmp_path):
+    whole, file = tmp_path / "whole.csv", tmp_path / "labels.csv"
+    write_labels(whole, NAMES, result_of([1, 2, 3, 4, 5, 6]), EXITS)
+    parts = [[1, 2], [3], [4, 5, 6]]
+    rng = np.random.default_rng(0)
+    for _ in range(60):
+        left = started(file, parts)[rng.integers(2)]
+        content = bytearray(left.read_bytes())
+        content[rng.integers(len(content))] ^= 1 << int(rng.integers(8))
+        left.write_bytes(content)
         with LabelFile(file, NAMES, EXITS, "key") as labels:
-            rows.append(labels.n_rows)
+            assert labels.n_rows < 6
             labels.add(result_of([1, 2, 3, 4, 5, 6][labels.n_rows :]))
-        assert file.read_bytes() == text
+        assert file.read_bytes() == whole.read_bytes()
         file.unlink()
-        assert [f.name for f in tmp_path.iterdir()] == ["whole.csv"]
-    assert rows == sorted(rows)
-    assert set(rows) == set(range(7))
+
+
+def test_cells_are_no_formulas_and_names_lose_nothing(tmp_path):
+    names = ["=1+1", "+x", "-x", "@x", "\tx", "\rx", "plain", "caf\udce9.jpg"]
+    write_labels(tmp_path / "labels.csv", names, result_of([1] * 8), EXITS)
+    with open(tmp_path / "labels.csv", newline="", encoding="utf-8", errors="surrogateescape") as f:
+        cells = [row[0] for row in csv.reader(f)][1:]
+    assert cells == [*(f"./{name}" for name in names[:6]), *names[6:]]
+
+
+def test_rows_of_images_that_changed_are_not_gone_on_with(tmp_path):
+    file = tmp_path / "labels.csv"
+    with LabelFile(file, NAMES, EXITS, "key", ["1"] * 6) as labels:
+        labels.add(result_of([1, 2]))
+    with LabelFile(file, NAMES, EXITS, "key", ["1"] * 6) as labels:
+        assert labels.n_rows == 2
+    with LabelFile(file, NAMES, EXITS, "key", ["1"] * 5 + ["2"]) as labels:
+        assert labels.n_rows == 0
+        labels.add(result_of([1, 2, 3, 4, 5, 6]))
+    assert [f.name for f in tmp_path.iterdir()] == ["labels.csv"]  # the other draft has gone too
 
 
 def test_rows_of_another_model_or_of_other_images_are_not_gone_on_with(tmp_path):

@@ -1,0 +1,135 @@
+"""A model folder runs no code, whatever stands in it (docs/trust.md)."""
+
+import json
+import sys
+
+import pytest
+import torch
+
+from ssl_exit import EncoderSpec, InputError, load, storage
+from ssl_exit.cli import main
+from ssl_exit.encoders.small import digits_encoder
+from tests import conftest
+
+SETTINGS = {"max_disagreement": 0.2, "confidence": 0.5}
+PLANTED = "import pathlib\npathlib.Path('ran').touch()\nfrom ssl_exit.encoders.small import digits_encoder as build\n"
+
+
+@pytest.fixture(scope="module")
+def clusterer(digits):
+    torch.manual_seed(0)
+    return conftest.clusterer(digits_encoder(), **SETTINGS).fit(digits[:900])
+
+
+@pytest.fixture
+def model(clusterer, tmp_path, monkeypatch):
+    """A model, and beside it, in the current folder and on the path, modules that write a file when they run."""
+    clusterer.save(tmp_path / "model")
+    for name in ("planted", "timm_planted"):
+        (tmp_path / f"{name}.py").write_text(PLANTED)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    yield tmp_path / "model"
+    sys.modules.pop("planted", None)
+
+
+def forge(model, change):
+    """Change model.json as an attacker would, with a checksum that is right."""
+    about = json.loads((model / "model.json").read_text())
+    about.pop("checksum")
+    change(about)
+    about["checksum"] = storage._checksum(about)
+    (model / "model.json").write_text(json.dumps(about))
+
+
+def named(spec):
+    return lambda about: about["encoder"].update(spec=spec)
+
+
+@pytest.mark.parametrize("spec", ["planted:build", "os:abort", "ssl_exit.cli:main", "ssl_exit.storage:load_model"])
+def test_a_model_names_no_code_that_runs(model, spec, tmp_path):
+    forge(model, named(spec))
+    with pytest.raises(InputError, match=f"asks to import and call '{spec}'.*trust='{spec}'"):
+        load(model)
+    with pytest.raises(InputError, match="asks to import"):
+        load(model, trust="planted:other")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_what_the_caller_names_runs(model, tmp_path):
+    forge(model, named("planted:build"))
+    c = load(model, trust="planted:build", device="cpu")
+    assert (tmp_path / "ran").exists()
+    assert c.encoder.name == "planted:build"
+
+
+def test_what_was_planted_is_not_kept(model, digits, tmp_path):
+    forge(model, named("planted:build"))
+    c = load(model, encoder=digits_encoder(), device="cpu")
+    assert not isinstance(c.encoder, EncoderSpec)
+    c.fit(digits[:900])
+    c.save(tmp_path / "again")
+    load(model, encoder=digits_encoder()).save(tmp_path / "third")
+    assert not (tmp_path / "ran").exists()
+    for folder in ("again", "third"):
+        assert json.loads((tmp_path / folder / "model.json").read_text())["encoder"]["spec"] is None
+
+
+def test_predict_and_evaluate_do_not_import_from_the_current_folder(model, image_folder, capsys, monkeypatch, tmp_path):
+    forge(model, named("planted:build"))
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if p not in ("", str(tmp_path))])
+    for name in ("predict", "evaluate"):
+        command = [name, "--model", str(model), "--data", str(image_folder), "--out", str(tmp_path / "out")]
+        for words, message in (([], "--trust planted:build"), (["--trust", "planted:build"], "No module named")):
+            with pytest.raises(SystemExit) as stop:
+                main([*command, *words])
+            assert stop.value.code == 2
+            error = capsys.readouterr().err
+            assert message in error
+            assert len(error.splitlines()) == 1
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda about: about.pop("encoder"),
+        lambda about: about.update(sha256={}),
+        lambda about: about.update(image=[1, "8", None]),
+        lambda about: about.update(exits=["nowhere"]),
+        lambda about: about.update(macs=None),
+        lambda about: about["settings"].update(n_clusters=10**12),
+        lambda about: about["settings"].update(rule={"name": "os:abort"}),
+        lambda about: about.update(preprocessing={"size": 10**9}),
+        lambda about: about.update(preprocessing={"size": 8, "mean": [float("nan")], "std": [1.0]}),
+        lambda about: about.update(certificate={}),
+        lambda about: about.update(skipped={"one": 1}),
+        lambda about: about.update(fronts=[{"network": {"channels": 1, "width": 10**6}, "image_shape": [1, 8, 8]}]),
+        lambda about: about["encoder"].update(spec="timm:no_such_model"),
+        lambda about: about["encoder"].update(spec=["list"]),
+    ],
+)
+def test_a_forged_description_is_one_clear_error(model, change):
+    forge(model, change)
+    with pytest.raises(InputError):
+        load(model, encoder=None if "no_such" in (model / "model.json").read_text() else digits_encoder())
+
+
+def test_a_deeply_nested_description_is_one_clear_error(model):
+    (model / "model.json").write_text("[" * 100_000)
+    with pytest.raises(InputError, match="cannot be read"):
+        load(model, encoder=digits_encoder())
+
+
+def test_loading_and_fitting_leave_the_global_random_state(digits, tmp_path):
+    import random
+
+    import numpy as np
+
+    before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()  # noqa: NPY002
+    c = conftest.clusterer(EncoderSpec("digits_cnn"), **SETTINGS).fit(digits[:900])
+    c.save(tmp_path / "model")
+    load(tmp_path / "model").predict(digits[900:])
+    assert torch.equal(before[0], torch.get_rng_state())
+    assert before[1] == random.getstate()
+    np.testing.assert_array_equal(before[2], np.random.get_state()[1])  # noqa: NPY002
