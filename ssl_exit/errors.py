@@ -1,5 +1,7 @@
 """The one exception type that means: the input is wrong, and here is what to do about it; and text safe to show."""
 
+import reprlib
+
 
 class InputError(ValueError):
     """Raised for input this library cannot use; the message says what was wrong, expected, and what to do."""
@@ -15,3 +17,12 @@ def printable(text: object, keep: str = "") -> str:
     return "".join(
         c if c.isprintable() or c in keep else c.encode("unicode_escape", "surrogatepass").decode() for c in str(text)
     )
+
+
+_short = reprlib.Repr()
+_short.maxstring = _short.maxother = 200
+
+
+def shown(value: object) -> str:
+    """A value as a message shows it: long ones shortened."""
+    return _short.repr(value)

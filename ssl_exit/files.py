@@ -10,9 +10,13 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
 
 from ssl_exit.errors import InputError
 
@@ -80,6 +84,18 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     finally:
         os.close(handle)
         shutil.rmtree(draft, ignore_errors=True)  # where two folders were exchanged, the old one
+
+
+def write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Tensors by name as safetensors, from whatever device and however they share memory.
+
+    Raises:
+        OSError: the file cannot be written, such as on a full disk.
+    """
+    try:
+        save_file({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, file, metadata)
+    except SafetensorError as error:
+        raise OSError(f"{str(file)!r} cannot be written ({error})") from error
 
 
 def remove_abandoned(target: Path) -> None:

@@ -18,10 +18,10 @@ from ssl_exit.cascade.times import StageTimes, stage_times
 from ssl_exit.data.hashes import module_hash, settings_hash, tensors_hash, watched_hash
 from ssl_exit.data.images import Batch
 from ssl_exit.data.preprocessing import Preprocessing
-from ssl_exit.encoders.front import FrontDescriptor
+from ssl_exit.encoders.front import FrontDescriptor, FrontNetwork
 from ssl_exit.encoders.inference import usable_device
 from ssl_exit.encoders.tapped import TappedEncoder
-from ssl_exit.errors import InputError
+from ssl_exit.errors import InputError, shown
 from ssl_exit.exits.across import AcrossExits
 from ssl_exit.exits.certificate import Certificate
 from ssl_exit.exits.final import Final, FinalClasses, FinalClusters
@@ -30,6 +30,7 @@ from ssl_exit.exits.registry import build_rules
 from ssl_exit.exits.rules import RULES, ExitRule
 from ssl_exit.provenance import ExitChoice, Provenance, Teaching
 from ssl_exit.settings import Settings
+from ssl_exit.settings.groups import from_json
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,7 +97,14 @@ class Model:
             "encoder": (watched_hash if watch else module_hash)(self.encoder),
             "preprocessing": settings_hash(self.preprocessing.to_dict() if self.preprocessing else None),
             "exits": settings_hash(
-                [self.cascade.settings, tensors_hash(self.cascade.tensors()), [module_hash(f) for f in self.fronts]]
+                [
+                    self.cascade.settings,
+                    tensors_hash(self.cascade.tensors()),
+                    [type(rule).__name__ for rule in self.cascade.rules],
+                    self.settings.rule.options,
+                    list(self.image_shape),
+                    [(module_hash(front), front.config) for front in self.fronts],
+                ]
             ),
             "version": version("ssl-exit"),
         }
@@ -170,9 +178,9 @@ class Model:
         """
         settings = settings or Settings.from_dict(about["settings"])
         image, exits = tuple(about["image"]), settings.exits
+        _check_shapes(tensors, len(about["exits"]), settings)
         fronts = tuple(
-            _filled(FrontDescriptor.from_config(config, front), _under(tensors, f"fronts.{i}."))
-            for i, config in enumerate(about["fronts"])
+            _front(config, _under(tensors, f"fronts.{i}."), front) for i, config in enumerate(about["fronts"])
         )
         kinds, macs = about["descriptors"], about["macs"]
         tapped = _cut(encoder, fronts, settings, image, about["exits"], kinds, about["accumulate"], macs)
@@ -185,11 +193,16 @@ class Model:
             rule.load_state_dict(_under(tensors, f"rules.{i}."))
         final: Final = FinalClasses(settings.n_clusters)
         if not settings.clusters.supervised:
-            final = FinalClusters(tensors["final.centroids"].clone(), settings.clusters.spherical)
+            centroids = tensors["final.centroids"].clone()
+            if centroids.shape[1] != tapped.output.dim:
+                raise ValueError(f"centroids of {centroids.shape[1]} features, of which there are {tapped.output.dim}")
+            final = FinalClusters(centroids, settings.clusters.spherical)
         device = usable_device(settings.device)
         cascade = Cascade.closed(tapped.to(device), rules, final, AcrossExits(exits.patience, exits.ensemble))
         cascade = cascade.at(tensors["thresholds"].numpy())
-        times = StageTimes(**{k[6:]: v.numpy() for k, v in tensors.items() if k.startswith("times.")})
+        times = StageTimes(**{k: v.numpy() for k, v in _under(tensors, "times.").items()})
+        if times.stages.shape[1] != len(tapped.staged.stages):
+            raise ValueError(f"times of {times.stages.shape[1]} stages, of which there are {len(tapped.staged.stages)}")
         if about["device"] != device.type:  # what was measured there says nothing of here
             example = torch.randn(min(settings.batch_size, 16), *image, generator=torch.Generator())
             times = stage_times(cascade.tapped, cascade.rules, cascade.final, example)
@@ -198,8 +211,8 @@ class Model:
             {int(position): reason for position, reason in about["skipped"].items()},
             about["n_fit"],
             about["n_sample"],
-            tuple(ExitChoice(**choice) for choice in about["choices"]),
-            tuple(Teaching(**one) for one in about["teaching"]),
+            tuple(from_json(ExitChoice, choice) for choice in about["choices"]),
+            tuple(from_json(Teaching, one) for one in about["teaching"]),
         )
         return cls(
             encoder=encoder,
@@ -208,7 +221,7 @@ class Model:
             settings=settings,
             preprocessing=Preprocessing(**about["preprocessing"]) if about["preprocessing"] else None,
             image_shape=image,
-            certificate=Certificate.from_dict(about["certificate"]),
+            certificate=from_json(Certificate, about["certificate"]),
             path=tensors["path"].numpy(),
             path_disagreement=tensors["path_disagreement"].numpy(),
             provenance=used,
@@ -254,6 +267,8 @@ def _cut(
         normalize=settings.exits.normalize,
         fronts=fronts,
     )
+    if len(macs) != len(tapped.staged.stages) or not all(isinstance(m, int) and 0 <= m < 2**62 for m in macs):
+        raise ValueError(f"multiply-adds {shown(macs)} of {len(tapped.staged.stages)} stages")
     tapped.staged.macs = list(macs)  # where they cannot be counted they stand for measured time
     return tapped.for_inference(settings.runtime.precision, image)
 
@@ -262,12 +277,36 @@ def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
 
 
-def _filled(front: FrontDescriptor, weights: Mapping[str, Tensor]) -> FrontDescriptor:
+def _check_shapes(tensors: Mapping[str, Tensor], n_exits: int, settings: Settings) -> None:
+    """Refuse tensors that do not belong together, before any are made that are as large as they say.
+
+    Raises:
+        ValueError: a shape or a type is another.
+    """
+    cells = (n_exits, settings.n_clusters)
+    n = len(tensors["path"])
+    expected = {"thresholds": cells, "path": (n, *cells), "path_disagreement": (n,)}
+    types = {"fit_images": torch.int64}
+    if not settings.clusters.supervised:
+        expected["final.centroids"] = (settings.n_clusters, *tensors["final.centroids"].shape[1:2])
+        types["final.centroids"] = torch.float32
+    for name, shape in expected.items():
+        if tensors[name].shape != shape:
+            raise ValueError(f"{name} has shape {tuple(tensors[name].shape)}, not {shape}")
+    for name, dtype in types.items():
+        if tensors[name].dtype != dtype:
+            raise ValueError(f"{name} is {tensors[name].dtype}, not {dtype}")
+
+
+def _front(config: Mapping[str, Any], weights: Mapping[str, Tensor], network: nn.Module | None) -> FrontDescriptor:
     """A front with these weights, in eval mode.
 
     Raises:
         InputError: they are not its own.
     """
+    if config["network"] is not None and config["network"] != FrontNetwork.config_of(weights):
+        raise InputError(f"the front does not fit this model: its weights are not those of {shown(config['network'])}")
+    front = FrontDescriptor.from_config(config, network)
     try:
         front.network.load_state_dict(weights)
     except RuntimeError as error:

@@ -18,17 +18,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from ssl_exit.encoders.build import EncoderSpec
 from ssl_exit.encoders.graph import as_module
 from ssl_exit.errors import InputError
-from ssl_exit.files import atomic_folder, remove_abandoned
+from ssl_exit.files import atomic_folder, remove_abandoned, write_tensors
 from ssl_exit.model import Model
 from ssl_exit.settings import Settings
 
-FORMAT = 8
+FORMAT = 9
 WEIGHTS, EXITS, ABOUT = "encoder.safetensors", "exits.safetensors", "model.json"
 PATH_SETTINGS = 100  # of the threshold path that are saved
 
@@ -42,6 +42,7 @@ def save_model(folder: Path, model: Model) -> None:
 
     Raises:
         InputError: the folder exists and holds anything that is not a model's.
+        OSError: it cannot be written, such as on a full disk.
     """
     check_model_folder(folder)
     few = np.unique(np.linspace(0, len(model.path) - 1, PATH_SETTINGS).round().astype(int))
@@ -49,7 +50,7 @@ def save_model(folder: Path, model: Model) -> None:
     about = {"format": FORMAT, "version": version("ssl-exit")} | json.loads(json.dumps(about, default=_plain))
     with atomic_folder(folder) as draft:
         for name, named in ((WEIGHTS, model.encoder.state_dict()), (EXITS, tensors)):
-            save_file({k: v.detach().cpu().contiguous().clone() for k, v in named.items()}, draft / name)
+            write_tensors(draft / name, named)
         about["sha256"] = {name: _sha256(draft / name) for name in (WEIGHTS, EXITS)}
         about["checksum"] = _checksum(about)
         (draft / ABOUT).write_text(json.dumps(about, indent=1) + "\n")
@@ -70,6 +71,27 @@ def load_model(
     """
     folder = Path(folder)
     remove_abandoned(folder)
+    before = _identity(folder)
+    try:
+        return _read_model(folder, encoder, device, front, trust, changes)
+    except InputError:
+        if _identity(folder) == before:
+            raise
+        return _read_model(folder, encoder, device, front, trust, changes)  # another process has saved meanwhile
+
+
+def _identity(folder: Path) -> int | None:
+    return folder.stat().st_ino if folder.exists() else None
+
+
+def _read_model(
+    folder: Path,
+    encoder: nn.Module | Sequence[nn.Module] | None,
+    device: str,
+    front: nn.Module | None,
+    trust: str | None,
+    changes: Mapping[str, Mapping[str, Any]],
+) -> Model:
     about = _read_about(folder)
     network = None if encoder is None else copy.deepcopy(as_module(encoder)).cpu().eval()
     with _described_by(folder):
@@ -90,8 +112,9 @@ def load_model(
             raise InputError(f"the encoder does not fit model {str(folder)!r}: {error}") from error
         settings = replace(Settings.from_dict(about["settings"]), device=str(device)).nested(**changes)
         model = Model.from_state(network, about, load_file(folder / EXITS), settings, front)
-    if (certificate := model.check()).void:
-        warnings.warn(f"model {str(folder)!r}: the certificate is {certificate}", stacklevel=3)
+        certificate = model.check()
+    if certificate.void:
+        warnings.warn(f"model {str(folder)!r}: the certificate is {certificate}", stacklevel=4)
     return model
 
 

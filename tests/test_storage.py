@@ -2,6 +2,9 @@
 
 import copy
 import json
+import os
+import resource
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -49,6 +52,40 @@ def test_saving_a_loaded_model_again_gives_the_same_model(model, tmp_path):
     about, again = (json.loads((folder / "model.json").read_text()) for folder in (model, tmp_path / "again"))
     assert about["sha256"] == again["sha256"]
     assert about["settings"] == again["settings"]
+
+
+def test_a_full_disk_is_an_error_of_the_system_and_the_old_model_stays(clusterer, model):
+    before = {file.name: file.read_bytes() for file in model.iterdir()}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))  # bytes a file
+    try:
+        with pytest.raises(OSError, match=r"encoder.safetensors' cannot be written \(.*File too large"):
+            clusterer.save(model)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert {file.name: file.read_bytes() for file in model.iterdir()} == before
+    assert os.listdir(model.parent) == ["model"]
+
+
+def test_a_model_that_is_replaced_while_it_is_read_is_read_again(clusterer, model, monkeypatch):
+    read, other = storage._read_about, copy.deepcopy(clusterer)
+    other.model_ = replace(
+        other.model_, cascade=other.model_.cascade.at(np.full_like(other.model_.cascade.thresholds, 0.75))
+    )
+
+    def replaced(folder):
+        about = read(folder)
+        if not seen:
+            other.save(folder)
+        seen.append(about)
+        return about
+
+    seen = []
+    monkeypatch.setattr(storage, "_read_about", replaced)
+    with pytest.warns(UserWarning, match="void"):
+        loaded = load(model, encoder=digits_encoder(), device="cpu")
+    assert len(seen) == 2
+    np.testing.assert_array_equal(loaded.model_.cascade.thresholds, other.model_.cascade.thresholds)
 
 
 def test_a_spec_builds_its_own_encoder(digits, tmp_path):

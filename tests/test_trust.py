@@ -2,9 +2,11 @@
 
 import json
 import sys
+import warnings
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from ssl_exit import EncoderSpec, InputError, load, storage
 from ssl_exit.cli import main
@@ -98,6 +100,12 @@ def test_predict_and_evaluate_do_not_import_from_the_current_folder(model, image
         lambda about: about.update(image=[1, "8", None]),
         lambda about: about.update(exits=["nowhere"]),
         lambda about: about.update(macs=None),
+        lambda about: about["macs"].pop(),
+        lambda about: about.update(macs=[[1]] * len(about["macs"])),
+        lambda about: about["certificate"].update(issued_for=7),
+        lambda about: about["certificate"].update(n="x"),
+        lambda about: about["settings"]["front"].update(depth="x" * 100_000),
+        lambda about: about["settings"].update(n_clusters=about["settings"]["n_clusters"] + 1),
         lambda about: about["settings"].update(n_clusters=10**12),
         lambda about: about["settings"].update(rule={"name": "os:abort"}),
         lambda about: about.update(preprocessing={"size": 10**9}),
@@ -111,8 +119,43 @@ def test_predict_and_evaluate_do_not_import_from_the_current_folder(model, image
 )
 def test_a_forged_description_is_one_clear_error(model, change):
     forge(model, change)
-    with pytest.raises(InputError):
+    with pytest.raises(InputError) as refused:
         load(model, encoder=None if "no_such" in (model / "model.json").read_text() else digits_encoder())
+    assert len(str(refused.value)) < 1000
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda tensors: tensors.update({"times.stages": tensors["times.stages"][:, 1:]}),
+        lambda tensors: tensors.update({"times.sizes": tensors["times.sizes"].flip(0)}),
+        lambda tensors: tensors.update({"final.centroids": tensors["final.centroids"].bool()}),
+        lambda tensors: tensors.update({"final.centroids": tensors["final.centroids"][:, :-1].clone()}),
+        lambda tensors: tensors.update({"thresholds": tensors["thresholds"][1:].clone()}),
+    ],
+)
+def test_forged_tensors_are_one_clear_error(model, change, digits):
+    tensors = load_file(model / storage.EXITS)
+    change(tensors)
+    save_file({name: value.contiguous() for name, value in tensors.items()}, model / storage.EXITS)
+    sha256 = storage._sha256(model / storage.EXITS)
+    forge(model, lambda about: about["sha256"].update({storage.EXITS: sha256}))
+    with pytest.raises(InputError):
+        load(model, encoder=digits_encoder(), device="cpu").predict(digits[900:])
+
+
+def test_what_else_decides_a_label_is_part_of_the_certificate(digits, tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        c = conftest.clusterer(digits_encoder(), front="auto", front_epochs=1, **SETTINGS).fit(digits[:900])
+    c.save(tmp_path / "model")
+    assert not load(tmp_path / "model", encoder=digits_encoder(), device="cpu").certificate_.void
+    forge(tmp_path / "model", lambda about: about["fronts"][0].update(side=4))
+    with pytest.warns(UserWarning, match="void"):
+        load(tmp_path / "model", encoder=digits_encoder(), device="cpu")
+    forge(tmp_path / "model", lambda about: about["fronts"][0]["network"].update(depth=10**18))
+    with pytest.raises(InputError, match="its weights are not those of"):
+        load(tmp_path / "model", encoder=digits_encoder(), device="cpu")
 
 
 def test_a_deeply_nested_description_is_one_clear_error(model):

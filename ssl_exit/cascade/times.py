@@ -38,6 +38,12 @@ class StageTimes:
     exits: np.ndarray
     moves: np.ndarray
 
+    def __post_init__(self) -> None:
+        s, ends = self.stages.shape
+        shapes = self.sizes.shape, self.exits.shape, self.moves.shape
+        if s < 1 or shapes != ((s,), (s, ends), (s, ends - 1)) or (np.diff(self.sizes, prepend=0) <= 0).any():
+            raise ValueError(f"times of stages {self.stages.shape}, sizes, exits and moves {shapes} do not fit")
+
     @property
     def stage_seconds(self) -> np.ndarray:
         """Seconds an image of every stage at the largest size, (E + 1,)."""

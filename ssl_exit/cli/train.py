@@ -51,12 +51,11 @@ def train(
     from dataclasses import asdict
 
     import torch
-    from safetensors.torch import save_file
 
     from ssl_exit.data.preprocessing import METADATA, Preprocessing
     from ssl_exit.encoders.build import EncoderSpec
     from ssl_exit.encoders.tapped import TappedEncoder
-    from ssl_exit.files import atomic_file, check_file
+    from ssl_exit.files import atomic_file, check_file, write_tensors
     from ssl_exit.training.loader import digits_images
     from ssl_exit.training.methods import build_training
     from ssl_exit.training.run import seeded
@@ -78,6 +77,5 @@ def train(
     if not training.trainer.is_global_zero:
         return
     with atomic_file(file) as draft:
-        state = {k: v.contiguous().clone() for k, v in module.state_dict().items()}
-        save_file(state, draft, {METADATA: json.dumps(preprocessing.to_dict())})
+        write_tensors(draft, module.state_dict(), {METADATA: json.dumps(preprocessing.to_dict())})
     print(f"{run.epochs} epochs; encoder written to {file}")

@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ssl_exit.errors import InputError
+from ssl_exit.errors import InputError, shown
 
 LARGEST = 16_384  # pixels a side that an encoder may see
 LONGEST = 4  # sides of an image: what is longer is cropped before it is scaled, so that memory stays bounded
@@ -41,13 +41,14 @@ class Preprocessing:
         size, crop = self.size, self.crop
         if not isinstance(size, Integral) or isinstance(size, bool) or not 1 <= size <= LARGEST or not 0 < crop <= 1:
             raise InputError(
-                f"size must be a whole number from 1 to {LARGEST} and crop in (0, 1]; got size={size}, crop={crop}"
+                f"size must be a whole number from 1 to {LARGEST} and crop in (0, 1]; got size={shown(size)}, "
+                f"crop={shown(crop)}"
             )
         fit = len(self.mean) == len(self.std) in (1, 3)
         if not fit or not np.isfinite([*self.mean, *self.std]).all() or min(self.std) <= 0:
             raise InputError(
                 "mean and std need one finite entry a channel, 1 (grey) or 3 (RGB), every std above 0; got "
-                f"mean={self.mean}, std={self.std}"
+                f"mean={shown(self.mean)}, std={shown(self.std)}"
             )
         object.__setattr__(self, "mean", tuple(self.mean))
         object.__setattr__(self, "std", tuple(self.std))

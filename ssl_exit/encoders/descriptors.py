@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ssl_exit.errors import InputError
+from ssl_exit.errors import InputError, shown
 
 SMALLEST = 1e-10  # variance of which a root is taken: the slope at 0 is infinite
 SIDE = 32  # positions a side from which a pyramid is computed, at most
@@ -129,7 +129,7 @@ class Descriptor:
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
-            raise InputError(f"descriptor {self.kind!r} does not exist; choose 'auto' or one of {sorted(KINDS)}")
+            raise InputError(f"descriptor {shown(self.kind)} does not exist; choose 'auto' or one of {sorted(KINDS)}")
         if self.layout != "vector" and self.layout not in KINDS[self.kind].layouts:
             legal = sorted(name for name, kind in KINDS.items() if self.layout in kind.layouts)
             raise InputError(

@@ -64,6 +64,13 @@ class FrontNetwork(nn.Module):
                 before = width << level
         self.blocks = nn.Sequential(*blocks)
 
+    @staticmethod
+    def config_of(weights: Mapping[str, Tensor]) -> dict[str, int]:
+        """The arguments of the network that has these weights."""
+        width, channels = weights["stem.0.weight"].shape[:2]
+        blocks = {key.split(".")[1] for key in weights if key.startswith("blocks.")}
+        return {"channels": channels, "width": width, "depth": len(blocks) // 3}
+
     def forward(self, x: Tensor) -> Tensor:
         return self.blocks(self.stem(x)).mean((2, 3))
 

@@ -133,11 +133,6 @@ class Certificate:
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
-    @classmethod
-    def from_dict(cls, saved: dict[str, Any]) -> "Certificate":
-        """What `to_dict` returned."""
-        return cls(**saved | {"parts": [Part(**part) for part in saved["parts"]]})
-
 
 PARTS = {"encoder": "encoder", "preprocessing": "preprocessing", "exits": "thresholds, rules or clusters"}
 WHERE = {"overall": "", "cluster": " in every cluster", "exit": " at every exit and label", "expectation": ""}

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
-from ssl_exit.errors import InputError
+from ssl_exit.errors import InputError, shown
 from ssl_exit.settings.groups import PYTHON, Group, option
 
 Guarantee = Literal["overall", "cluster", "exit", "expectation"]
@@ -93,7 +93,7 @@ class Front(Group):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.shares or not all(0 < share < 1 for share in self.shares):
-            raise InputError(f"macs (--front_macs) must be shares in (0, 1); got {self.macs!r}")
+            raise InputError(f"macs (--front_macs) must be shares in (0, 1); got {shown(self.macs)}")
         if self.network is not None and self.kind != "module":
             raise InputError(f'a network of your own needs front="module"; got {self.kind!r}')
 

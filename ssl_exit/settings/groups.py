@@ -2,12 +2,13 @@
 
 import types
 from collections.abc import Mapping
-from dataclasses import MISSING, field, fields
+from dataclasses import MISSING, field, fields, is_dataclass
 from numbers import Integral, Real
-from typing import Any, Literal, NamedTuple, Self, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NamedTuple, Self, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from ssl_exit.errors import InputError
+from ssl_exit.errors import InputError, shown
 
+T = TypeVar("T")
 PYTHON = "(Python only)"  # flag of a field that has no place on the command line
 
 
@@ -33,6 +34,24 @@ def _is_a(value: Any, hint: Any) -> bool:
     if hint in (int, float):
         return isinstance(value, Integral if hint is int else Real) and not isinstance(value, bool)
     return isinstance(value, hint)
+
+
+def from_json(cls: type[T], saved: Any) -> T:
+    """A dataclass from what `dataclasses.asdict` made of it.
+
+    Raises:
+        TypeError: a field is missing, unknown or of another type.
+    """
+    hints = get_type_hints(cls)
+    values = {name: _nested(hints.get(name), value) for name, value in dict(saved).items()}
+    if wrong := [name for name, value in values.items() if name not in hints or not _is_a(value, hints[name])]:
+        raise TypeError(f"{cls.__name__} has {shown(wrong)}")
+    return cls(**values)
+
+
+def _nested(hint: Any, value: Any) -> Any:
+    inner = get_args(hint)[0] if get_origin(hint) is list else None
+    return [from_json(inner, one) for one in value] if isinstance(inner, type) and is_dataclass(inner) else value
 
 
 def _inside(value: Any, within: str) -> bool:
@@ -65,7 +84,7 @@ class Group:
             if not _is_a(value, hints[f.name]) or (within and isinstance(value, Real) and not _inside(value, within)):
                 legal = _describe(hints[f.name]) + (f" in {within}" if within else "")
                 flag = f.metadata.get("flag", "")
-                raise InputError(f"{f.name}{f' (--{flag})' if flag else ''} must be {legal}; got {value!r}")
+                raise InputError(f"{f.name}{f' (--{flag})' if flag else ''} must be {legal}; got {shown(value)}")
 
     @classmethod
     def of(cls, value: Any) -> Self:

@@ -20,6 +20,7 @@ from ssl_exit.exits.certificate import (
     upper_bound,
 )
 from ssl_exit.exits.thresholds import NEVER, Recorded, simulate
+from ssl_exit.settings.groups import from_json
 
 
 @pytest.mark.parametrize(
@@ -190,7 +191,7 @@ def test_to_json_and_back():
     certificate = certified(one_threshold(0.99), data, COSTS, 0.1, 0.95, "cluster")[1]
     assert len(certificate.parts) == 2
     certificate = replace(certificate, issued_for={"encoder": "a", "exits": "b"})
-    assert Certificate.from_dict(json.loads(json.dumps(certificate.to_dict()))) == certificate
+    assert from_json(Certificate, json.loads(json.dumps(certificate.to_dict()))) == certificate
 
 
 @given(eps=st.floats(0.001, 0.5))
