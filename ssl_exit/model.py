@@ -3,13 +3,13 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from importlib.metadata import version
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ssl_exit import __version__
 from ssl_exit.cascade.cascade import Cascade
 from ssl_exit.cascade.plan import Plan
 from ssl_exit.cascade.result import ExitResult
@@ -106,7 +106,7 @@ class Model:
                     [(module_hash(front), front.config) for front in self.fronts],
                 ]
             ),
-            "version": version("ssl-exit"),
+            "version": __version__,
         }
 
     def check(self, *, watch: bool = False) -> Certificate:

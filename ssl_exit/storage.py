@@ -12,7 +12,6 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from ssl_exit import __version__
 from ssl_exit.encoders.build import EncoderSpec
 from ssl_exit.encoders.graph import as_module
 from ssl_exit.errors import InputError
@@ -31,6 +31,7 @@ from ssl_exit.settings import Settings
 FORMAT = 9
 WEIGHTS, EXITS, ABOUT = "encoder.safetensors", "exits.safetensors", "model.json"
 PATH_SETTINGS = 100  # of the threshold path that are saved
+LONGEST = 1000  # letters of a message about what stands in a model
 
 
 def save_model(folder: Path, model: Model) -> None:
@@ -47,7 +48,7 @@ def save_model(folder: Path, model: Model) -> None:
     check_model_folder(folder)
     few = np.unique(np.linspace(0, len(model.path) - 1, PATH_SETTINGS).round().astype(int))
     about, tensors = replace(model, path=model.path[few], path_disagreement=model.path_disagreement[few]).state()
-    about = {"format": FORMAT, "version": version("ssl-exit")} | json.loads(json.dumps(about, default=_plain))
+    about = {"format": FORMAT, "version": __version__} | json.loads(json.dumps(about, default=_plain))
     with atomic_folder(folder) as draft:
         for name, named in ((WEIGHTS, model.encoder.state_dict()), (EXITS, tensors)):
             write_tensors(draft / name, named)
@@ -144,10 +145,12 @@ def _described_by(folder: Path) -> Iterator[None]:
     """Whatever goes wrong in here is because model.json or the tensors are not what was saved."""
     try:
         yield
-    except InputError:
+    except InputError as error:
+        if len(str(error)) > LONGEST:
+            raise InputError(f"{str(error)[:LONGEST]} ...") from error
         raise
     except Exception as error:  # of any type: the content is of anybody's making
-        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0][:LONGEST]
         raise InputError(f"model {str(folder)!r} does not describe a model ({reason}); fit it again") from error
 
 

@@ -1,5 +1,6 @@
 """Model folders: bytes, JSON values and tensors changed."""
 
+import copy
 import json
 import os
 import shutil
@@ -76,6 +77,10 @@ def damage(rng: np.random.Generator, folder: Path) -> None:
     file.write_bytes(content)
 
 
+def nasty(rng: np.random.Generator) -> Any:
+    return copy.deepcopy(NASTY[rng.integers(len(NASTY))])
+
+
 def places(tree: Any) -> list[tuple[Any, Any]]:
     """Every container and key of a tree of JSON."""
     pairs = list(tree.items()) if isinstance(tree, dict) else list(enumerate(tree)) if isinstance(tree, list) else []
@@ -104,7 +109,7 @@ def forge_description(rng: np.random.Generator, folder: Path) -> None:
         value = tree[key]
         match rng.integers(5):
             case 0 | 1:
-                tree[key] = NASTY[rng.integers(len(NASTY))]
+                tree[key] = nasty(rng)
             case 2 if isinstance(value, (int, float)):
                 tree[key] = value * [2, -1, 1e6, 0.5][rng.integers(4)]
             case 2 if isinstance(value, str) and value:
@@ -114,7 +119,7 @@ def forge_description(rng: np.random.Generator, folder: Path) -> None:
             case 3:
                 del tree[key]
             case _ if isinstance(tree, dict):
-                tree[str(rng.integers(10))] = NASTY[rng.integers(len(NASTY))]
+                tree[str(rng.integers(10))] = nasty(rng)
             case _:
                 tree[key] = json.loads("[" * 40 + "]" * 40)
     sealed(folder, about)

@@ -57,7 +57,8 @@ def _fold_in_graph(stage: fx.GraphModule) -> None:
         once = uses[id(modules[str(before.target)])] == uses[id(norm)] == 1
         if once and _foldable(convolution, norm):
             fused = fuse_conv_bn_eval(convolution, norm)  # type: ignore[type-var]
-            stage.set_submodule(str(before.target), fused)
+            parent, _, name = str(before.target).rpartition(".")
+            setattr(stage.get_submodule(parent), name, fused)  # set_submodule came with torch 2.5
             node.replace_all_uses_with(before)
             stage.graph.erase_node(node)
     stage.recompile()

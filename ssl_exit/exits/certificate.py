@@ -72,7 +72,7 @@ class Certificate:
 
     max_disagreement: float
     confidence: float
-    guarantee: str
+    guarantee: Guarantee
     n: int
     disagreements: int
     bound: float
@@ -202,7 +202,7 @@ def certify(
     costs: np.ndarray,
     max_disagreement: float,
     confidence: float,
-    guarantee: str = "overall",
+    guarantee: Guarantee = "overall",
 ) -> tuple[int, Certificate]:
     """Walk a path of settings and keep the cheapest of those accepted before the first that is not; the first setting,
     with which nothing exits, if none of them costs less than the full encoder.
