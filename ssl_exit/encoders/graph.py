@@ -2,9 +2,11 @@
 
 The encoder is traced with torch.fx and named as torchvision's feature extraction names nodes. A node is
 a legal exit point if, once it has run, it is the only value alive that depends on the images. A node that
-does not depend on them (a parameter, a constant made from parameters) belongs to every stage that uses it.
+does not depend on them (a parameter, a constant made from parameters) belongs to every stage that uses it. What depends
+on their height and width only, such as rotary position embeddings, is computed once and is a constant of the stages.
 """
 
+import copy
 import inspect
 import sys
 import traceback
@@ -42,12 +44,14 @@ class TracedEncoder:
     """An encoder's graph, the names of its nodes and what each node costs.
 
     Attributes:
-        root: the encoder itself; stages made from the graph share its parameters.
+        root: the encoder itself, or a shallow copy with constants; stages made from the graph share its parameters.
         graph: the graph with the images as its only placeholder.
         names: qualified name of each node.
         points: legal exit points, in the order in which they run.
         nodes: the graph node of each legal exit point.
         dependent: the nodes that depend on the images.
+        constants: values of nodes that depend on their height and width only; tensors are buffers of `root` by the
+            name `constant_name` gives.
         macs: multiply-adds per image of the full encoder.
     """
 
@@ -57,6 +61,7 @@ class TracedEncoder:
     points: list[ExitPoint]
     nodes: list[fx.Node]
     dependent: set[fx.Node]
+    constants: dict[fx.Node, Any]
     macs: int
 
     def resolve(self, name: str) -> int:
@@ -143,19 +148,32 @@ def trace(encoder: nn.Module | Sequence[nn.Module], example: Tensor) -> TracedEn
         graph, names = _symbolic_graph(root)
         dependent = _depends_on_images(graph)
         module = fx.GraphModule(root, graph)
-        two, three = (_Meter(module).measure(example[:1].expand(n, *example.shape[1:]).clone()) for n in (2, 3))
-    macs = sum(flops for _, flops in two.values()) // 4  # a multiply-add is two operations, and two images ran
+        shaped = _depends_on_shape(graph, dependent)
+        two, three = (_Meter(module, shaped) for _ in range(2))
+        for meter, n in ((two, 2), (three, 3)):
+            meter.measure(example[:1].expand(n, *example.shape[1:]).clone())
+    constants = {node: value for node, value in two.values.items() if _same(value, three.values.get(node))}
+    dependent -= constants.keys()
+    if tensors := {constant_name(node): value for node, value in constants.items() if isinstance(value, Tensor)}:
+        root = copy.copy(root)
+        root._buffers = {**root._buffers, **tensors}
+    macs = sum(flops for _, flops in two.seen.values()) // 4  # a multiply-add is two operations, and two images ran
     spent = 0
     points, nodes = [], []
     crossing = _single_crossings(graph, dependent)
     for node in graph.nodes:
-        shape, flops = two.get(node, (None, 0))
+        shape, flops = two.seen.get(node, (None, 0))
         spent += flops // 4
-        other = three.get(node, (None, 0))[0]
+        other = three.seen.get(node, (None, 0))[0]
         if node in crossing and shape and other and shape[0] == 2 and other[0] == 3 and shape[1:] == other[1:]:
             points.append(ExitPoint(names[node], shape[1:], spent / max(macs, 1)))
             nodes.append(node)
-    return TracedEncoder(root, graph, names, points, nodes, dependent, macs)
+    return TracedEncoder(root, graph, names, points, nodes, dependent, constants, macs)
+
+
+def constant_name(node: fx.Node) -> str:
+    """Name of the buffer that holds the value of a node."""
+    return f"constant_{node.name}"
 
 
 class eval_mode:
@@ -231,6 +249,27 @@ def _depends_on_images(graph: fx.Graph) -> set[fx.Node]:
     return dependent
 
 
+def _depends_on_shape(graph: fx.Graph, dependent: set[fx.Node]) -> set[fx.Node]:
+    """Of the nodes that depend on the images, those that do so by shape, type and device only."""
+    shaped: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node in dependent and node.op in ("call_function", "call_method", "call_module"):
+            reads = node.target is getattr and node.args[1] in ("shape", "ndim", "dtype", "device")
+            reads = reads or (node.op == "call_method" and node.target in ("size", "dim"))
+            if reads or all(source in shaped for source in node.all_input_nodes if source in dependent):
+                shaped.add(node)
+    return shaped
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether values of batches of two sizes make a constant; types and devices do not, which a model changes."""
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one.shape == other.shape and torch.equal(one, other)
+    if isinstance(one, (tuple, list)) and isinstance(other, (tuple, list)):
+        return len(one) == len(other) and all(map(_same, one, other)) and not any(isinstance(v, Tensor) for v in one)
+    return isinstance(one, (bool, int, float)) and one == other
+
+
 def _single_crossings(graph: fx.Graph, dependent: set[fx.Node]) -> set[fx.Node]:
     """Nodes after which no other node that depends on the images has a user yet to run."""
     order = {node: i for i, node in enumerate(graph.nodes)}
@@ -248,10 +287,16 @@ def _single_crossings(graph: fx.Graph, dependent: set[fx.Node]) -> set[fx.Node]:
 
 
 class _Meter(fx.Interpreter):
-    """Runs a graph once and records, per node, the shape of its tensor and its floating-point operations."""
+    """Runs a graph once and records, per node, the shape of its tensor and its floating-point operations; and the
+    values of some nodes."""
 
-    def measure(self, images: Tensor) -> dict[fx.Node, tuple[tuple[int, ...] | None, int]]:
+    def __init__(self, module: fx.GraphModule, wanted: set[fx.Node]) -> None:
+        super().__init__(module)
+        self.wanted = wanted
         self.seen: dict[fx.Node, tuple[tuple[int, ...] | None, int]] = {}
+        self.values: dict[fx.Node, Any] = {}
+
+    def measure(self, images: Tensor) -> None:
         try:
             with torch.no_grad(), NoFusedAttention():
                 self.run(images)
@@ -260,13 +305,14 @@ class _Meter(fx.Interpreter):
                 f"the encoder cannot take images of shape {tuple(images.shape[1:])} and dtype {images.dtype}: {error}. "
                 "Use images as the encoder expects them (size, channels, dtype)"
             ) from error
-        return self.seen
 
     def run_node(self, n: fx.Node) -> Any:
         with FlopCounterMode(display=False) as counter:
             value = super().run_node(n)
         shape = tuple(value.shape) if isinstance(value, Tensor) and value.is_floating_point() else None
         self.seen[n] = (shape, counter.get_total_flops())
+        if n in self.wanted:
+            self.values[n] = value.clone() if isinstance(value, Tensor) else value
         return value
 
 

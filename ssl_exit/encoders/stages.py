@@ -3,10 +3,11 @@
 import math
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 from torch import Tensor, fx, nn
 
-from ssl_exit.encoders.graph import ExitPoint, TracedEncoder, as_module, stage_nodes, trace
+from ssl_exit.encoders.graph import ExitPoint, TracedEncoder, as_module, constant_name, stage_nodes, trace
 from ssl_exit.encoders.opaque import OpaqueEncoder, multiply_adds
 from ssl_exit.errors import InputError
 
@@ -99,13 +100,16 @@ def _stage_module(traced: TracedEncoder, body: list[fx.Node]) -> nn.Module:
     """A module that runs `body`, taking the one tensor that enters it."""
     inside = set(body)
     graph = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
+    copies: dict[fx.Node, Any] = {}  # nodes, or constants
     entering = [n for node in body for n in node.all_input_nodes if n in traced.dependent and n not in inside]
     images = graph.placeholder("x")
     copies.update(dict.fromkeys(entering, images))
 
-    def copy(node: fx.Node) -> fx.Node:
-        if node not in copies:
+    def copy(node: fx.Node) -> Any:
+        if node in traced.constants and node not in copies:
+            value = traced.constants[node]
+            copies[node] = graph.get_attr(constant_name(node)) if isinstance(value, Tensor) else value
+        elif node not in copies:
             for source in node.all_input_nodes:
                 copy(source)
             copies[node] = graph.node_copy(node, lambda n: copies[n])

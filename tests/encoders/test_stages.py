@@ -1,12 +1,14 @@
 """Stages: bit-identical to the unsplit encoder, resumable on a part of the batch."""
 
+import copy
+
 import pytest
 import timm
 import torch
 import torchvision
 from torch import nn
 
-from ssl_exit.encoders.graph import ExitPoint
+from ssl_exit.encoders.graph import ExitPoint, list_exits
 from ssl_exit.encoders.stages import choose_exits, split
 from ssl_exit.errors import InputError
 from tests.conftest import tensors_of, untrained
@@ -18,6 +20,7 @@ ARCHITECTURES = {
     "swin": lambda: torchvision.models.swin_t(),
     "convnext": lambda: torchvision.models.convnext_tiny(),
     "timm vit": lambda: timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=0),
+    "timm rotary": lambda: timm.create_model("vit_small_patch16_dinov3", img_size=32, num_classes=0, depth=3),
 }
 
 
@@ -36,6 +39,40 @@ def test_stages_equal_the_encoder_bit_for_bit(name, rgb_digits):
     torch.testing.assert_close(tensor, whole[[1, 4]], rtol=1e-4, atol=1e-5)
     assert sum(staged.macs) > 0
     assert min(staged.macs) >= 0
+
+
+class ByShape(nn.Module):
+    """Later layers use what depends on height and width (a constant) and on the size of the batch (none)."""
+
+    def __init__(self, per_image):
+        super().__init__()
+        self.first, self.second, self.per_image = (
+            nn.Conv2d(3, 4, 3, padding=1),
+            nn.Conv2d(4, 4, 3, padding=1),
+            per_image,
+        )
+
+    def forward(self, x):
+        n, _, h, w = x.shape
+        rows = torch.arange(h, dtype=x.dtype, device=x.device)[:, None] * torch.ones(w, device=x.device)
+        bias = x.new_ones(n, 1, h, w) if self.per_image else rows / h
+        y = self.first(x) + bias
+        return (self.second(y) * bias + w).flatten(1)
+
+
+@pytest.mark.parametrize("per_image", [False, True])
+def test_what_depends_on_the_shape_of_images_only_blocks_no_exit(per_image, rgb_digits):
+    encoder = ByShape(per_image).eval()
+    names = [point.name for point in list_exits(encoder, rgb_digits[:1])]
+    assert ("first" in names, "add" in names) == (not per_image, not per_image)
+    staged = split(encoder, [names[-1]] if per_image else ["add"], rgb_digits[:1])
+    with torch.no_grad():
+        for images in (rgb_digits[:5], rgb_digits[:1]):
+            assert torch.equal(staged(images), encoder(images))
+            assert torch.equal(
+                copy.deepcopy(staged).double()(images.double()), copy.deepcopy(encoder).double()(images.double())
+            )
+    assert not list(encoder.buffers())
 
 
 def test_named_exits_are_put_in_order_and_once(rgb_digits):
