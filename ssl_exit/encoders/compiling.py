@@ -41,7 +41,7 @@ def compile_for_inference(module: nn.Module, device: torch.device) -> None:
 
 def call_compiled(module: nn.Module, *args: Tensor) -> Any:
     """Call a module that `compile_for_inference` prepared; instances of one class may be many."""
-    with torch._dynamo.config.patch(recompile_limit=4096, accumulated_recompile_limit=4096):
+    with torch._dynamo.config.patch(cache_size_limit=4096, accumulated_cache_size_limit=4096):
         return module(*args)
 
 

@@ -17,9 +17,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils.flop_counter import FlopCounterMode
 
-from ssl_exit.encoders.counting import NoFusedAttention
+from ssl_exit.encoders.counting import NoFusedAttention, flop_counter
 from ssl_exit.encoders.opaque import OpaqueEncoder
 from ssl_exit.errors import InputError
 
@@ -307,7 +306,7 @@ class _Meter(fx.Interpreter):
             ) from error
 
     def run_node(self, n: fx.Node) -> Any:
-        with FlopCounterMode(display=False) as counter:
+        with flop_counter() as counter:
             value = super().run_node(n)
         shape = tuple(value.shape) if isinstance(value, Tensor) and value.is_floating_point() else None
         self.seen[n] = (shape, counter.get_total_flops())
