@@ -132,7 +132,7 @@ def forge_tensors(rng: np.random.Generator, folder: Path) -> None:
         key = sorted(tensors)[rng.integers(len(tensors))]
         value = tensors[key]
         changes: list[Callable[[], Tensor]] = [
-            lambda v=value: torch.full_like(v, torch.nan) if v.is_floating_point() else v - 10**9,
+            lambda v=value: torch.full_like(v, torch.nan) if v.is_floating_point() else v.long() - 10**9,
             lambda v=value: torch.full_like(v, torch.inf) if v.is_floating_point() else v * 10**9,
             lambda v=value: torch.zeros_like(v),
             lambda v=value: v * 1e30 if v.is_floating_point() else v + 1,
@@ -141,7 +141,7 @@ def forge_tensors(rng: np.random.Generator, folder: Path) -> None:
             lambda v=value: v[None],
             lambda v=value: torch.cat([v, v]) if v.dim() else v[None],
             lambda v=value: v[:0] if v.dim() else v,
-            lambda v=value: v + 0.1 * torch.rand(v.shape) if v.is_floating_point() else v - 1,
+            lambda v=value: v + 0.1 * torch.rand(v.shape) if v.is_floating_point() else v.long() - 1,
             lambda v=value: v.transpose(0, -1).contiguous() if v.dim() else v,
         ]
         choice = rng.integers(len(changes) + 2)
