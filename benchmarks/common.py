@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from ssl_exit import EncoderSpec, ExitClusterer, Preprocessing
-from ssl_exit.data.images import FolderImages
+from ssl_exit.data.image_files import FolderImages
 from ssl_exit.settings import Settings
 
 ROOT = Path(__file__).resolve().parent.parent

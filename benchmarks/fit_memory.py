@@ -22,7 +22,7 @@ def peak_megabytes(n: int) -> float:
     import numpy as np
     from torch.utils.data import Subset
 
-    from ssl_exit.data.images import FolderImages
+    from ssl_exit.data.image_files import FolderImages
 
     warnings.simplefilter("ignore")
     folder = FolderImages(cifar_folder() / "train", PREPROCESSING["simclr"])

@@ -30,7 +30,7 @@ def evaluate(
     """
     from ssl_exit.cli.common import list_skipped, write_json
     from ssl_exit.clusterer import load
-    from ssl_exit.data.images import FolderImages
+    from ssl_exit.data.image_files import FolderImages
     from ssl_exit.files import check_file
     from ssl_exit.report.tables import evaluation_report, explanation_table
 

@@ -35,7 +35,7 @@ def fit(
     """
     from ssl_exit.cli.common import list_skipped, preprocessing_for
     from ssl_exit.clusterer import ExitClusterer
-    from ssl_exit.data.images import FolderImages
+    from ssl_exit.data.image_files import FolderImages
     from ssl_exit.encoders.build import EncoderSpec
     from ssl_exit.report.tables import fit_summary
     from ssl_exit.storage import check_model_folder

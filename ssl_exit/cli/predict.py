@@ -35,7 +35,7 @@ def predict(
 
     from ssl_exit.cli.common import list_skipped
     from ssl_exit.clusterer import load
-    from ssl_exit.data.images import FolderImages
+    from ssl_exit.data.image_files import FolderImages
     from ssl_exit.report.label_file import LabelFile
 
     c = load(model, device=device, trust=trust, audit=audit, compile=compile)

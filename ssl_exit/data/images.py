@@ -1,8 +1,6 @@
 """One kind of image source for a folder, a tensor, a Dataset or a DataLoader; for fitting, clustering and training."""
 
-import os
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,12 +19,13 @@ from torch.utils.data import (
     default_collate,
 )
 
+from ssl_exit.data.image_files import FolderImages, ImageFiles, Unreadable
 from ssl_exit.data.preprocessing import Preprocessing
 from ssl_exit.errors import InputError, printable
 from ssl_exit.settings import Runtime
 
-EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
-FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # of Pillow; its others start programs, or are rare
+CHANNELS = (1, 3)
+KEYS = ("image", "pixel_values", "img")  # under which datasets of mappings have the image
 
 
 @dataclass(frozen=True)
@@ -87,13 +86,15 @@ def open_images(
     """Make an image source.
 
     Args:
-        data: a folder of images (searched recursively, sorted by path); a tensor, (N, C, H, W); a map-style
-            Dataset of images or of tuples whose first entry is the image; a DataLoader over one, of which
-            the dataset, collate_fn and workers are used and the images come in dataset order; or a source.
-            Floating-point images are taken as they are; uint8 and PIL images are preprocessed.
-        preprocessing: for folders, uint8 and PIL images.
+        data: a folder of images (searched recursively, sorted by path); a list of paths of image files; a tensor or
+            array, (N, C, H, W), an array also (N, H, W, C); a map-style Dataset of images, of tuples whose first entry
+            is one, or of mappings that have one under "image", "pixel_values" or "img"; a DataLoader over one, of
+            which the dataset, collate_fn and workers are used and the images come in dataset order; or a source.
+            Floating-point images are taken as they are; uint8 images, of a dataset also as arrays, (H, W, C), and PIL
+            images are preprocessed.
+        preprocessing: for files, uint8 and PIL images.
         num_workers: processes that decode images.
-        max_pixels: of one image of a folder; larger ones are skipped.
+        max_pixels: of one image file; larger ones are skipped.
         pixels: neither scale to [0, 1] nor standardise: uint8 images keep their pixels, resized and cropped.
 
     Raises:
@@ -101,131 +102,43 @@ def open_images(
     """
     if isinstance(data, (str, Path)):
         data = FolderImages(Path(data), preprocessing, max_pixels)
+    elif isinstance(data, (list, tuple)) and data and all(isinstance(path, (str, Path)) for path in data):
+        data = ImageFiles([str(path) for path in data], preprocessing, max_pixels)
+    elif isinstance(data, np.ndarray) and data.flags.writeable:
+        data = _tensor_of(data)  # others, such as files mapped into memory, are read row by row
     if isinstance(data, ImageSource):
         source = data
     elif isinstance(data, Tensor):
         source = TensorImages(data, preprocessing, pixels=pixels)
     elif isinstance(data, DataLoader):
         source = _loader_source(data, preprocessing, pixels)
-    elif hasattr(data, "__getitem__") and hasattr(data, "__len__") and not isinstance(data, np.ndarray):
+    elif hasattr(data, "__getitem__") and hasattr(data, "__len__") and not isinstance(data, Mapping):
         source = DatasetImages(data, preprocessing, num_workers, pixels=pixels)
     else:
         raise InputError(
-            f"images must be a folder, an (N, C, H, W) tensor, a map-style Dataset or a DataLoader over one; got "
-            f"{type(data).__name__}" + (": use torch.from_numpy" if isinstance(data, np.ndarray) else "")
+            "images must be a folder, a list of paths, an (N, C, H, W) tensor or array, a map-style Dataset or a "
+            f"DataLoader over one; got {type(data).__name__}"
         )
     if len(source) == 0:
         raise InputError("there are no images: the data are empty")
     return source
 
 
-class Unreadable(str):
-    """The reason why an image cannot be read, in its place."""
-
-
-class FolderImages(Dataset):
-    """The image files below a folder, sorted by path.
-
-    Links are followed, but no folder is visited twice; what is no regular file is left out.
-
-    Args:
-        folder: of images.
-        preprocessing: of every image.
-        max_pixels: of one image; larger ones are unreadable. Pillow's own limit is 178,956,970
-            (`PIL.Image.MAX_IMAGE_PIXELS`, which the command line lifts).
-
-    Attributes:
-        paths: the files, relative to the folder.
-        classes: names of the sub-folders, if every image lies in one; for evaluation only.
+def _tensor_of(images: np.ndarray) -> Tensor:
+    """An array of images, (N, C, H, W) or, where only that can be, (N, H, W, C), as a tensor, (N, C, H, W).
 
     Raises:
-        InputError: no folder, no preprocessing, or no images in it.
+        InputError: it has no channels, or a type that torch does not have.
     """
-
-    def __init__(self, folder: Path, preprocessing: Preprocessing | None, max_pixels: int = Runtime.max_pixels) -> None:
-        if not folder.is_dir():
-            raise InputError(f"{str(folder)!r} is not a folder; expected a folder of images")
-        if preprocessing is None:
-            raise InputError("a folder of images needs a preprocessing (size, mean, std)")
-        self.folder, self.max_pixels = folder, max_pixels
-        self.paths, unreadable = _image_files(folder)
-        if unreadable:
-            warnings.warn(
-                f"{len(unreadable)} folders cannot be read, such as {unreadable[0]}; images in them are left out",
-                stacklevel=2,
-            )
-        if not self.paths:
-            raise InputError(f"folder {str(folder)!r} holds no image files ({', '.join(EXTENSIONS)})")
-        parents = [Path(path).parts[:-1] for path in self.paths]
-        self.classes = sorted({p[0] for p in parents}) if all(parents) else []
-        self.preprocessing = preprocessing
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    @property
-    def targets(self) -> np.ndarray | None:
-        """Index of each image's sub-folder, (N,) int64, or None where there are none."""
-        if len(self.classes) < 2:
-            return None
-        index = {name: i for i, name in enumerate(self.classes)}
-        return np.array([index[Path(path).parts[0]] for path in self.paths])
-
-    def __getitem__(self, index: int) -> Tensor | Unreadable:
-        """The preprocessed image, (C, size, size) float, or the reason why it cannot be read."""
-        return self.read(index, self.preprocessing)
-
-    def read(self, index: int, transform: Callable[[Image.Image], Tensor]) -> Tensor | Unreadable:
-        """One image, decoded and transformed, or the reason why it cannot be read."""
-        try:
-            with Image.open(self.folder / self.paths[index], formats=FORMATS) as image:
-                if image.width * image.height > self.max_pixels:
-                    return Unreadable(
-                        f"{image.width} x {image.height} pixels are more than max_pixels allows: {self.max_pixels}"
-                    )
-                return transform(image)
-        except Exception as error:  # decoders raise whatever a damaged file leads them to
-            return Unreadable(f"{type(error).__name__}: {error}")
-
-    def versions(self) -> Iterator[str]:
-        """Size in bytes and time of the last change of every file; both empty where it has gone."""
-        for path in self.paths:
-            try:
-                about = os.stat(self.folder / path)
-                yield f"{about.st_size} {about.st_mtime_ns}"
-            except OSError:
-                yield ""
-
-
-def _image_files(folder: Path) -> tuple[list[str], list[str]]:
-    """Image files below a folder, sorted paths relative to it, and why folders in it cannot be read.
-
-    Links to folders are followed after all real folders, so that what is reached both ways has its real name.
-    """
-    paths, unreadable = [], []
-    visited: set[tuple[int, int]] = set()
-    waiting, links = [""], list[str]()
-    while waiting or links:
-        where = waiting.pop() if waiting else links.pop(0)
-        try:
-            about = os.stat(folder / where)
-            if (about.st_dev, about.st_ino) in visited:
-                continue
-            visited.add((about.st_dev, about.st_ino))
-            entries = sorted(os.scandir(folder / where), key=lambda entry: entry.name)
-        except OSError as error:
-            unreadable.append(f"{str(folder / where)!r} ({error.strerror})")
-            continue
-        for entry in entries:
-            path = os.path.join(where, entry.name)
-            try:
-                if entry.is_dir():
-                    (links if entry.is_symlink() else waiting).append(path)
-                elif os.path.splitext(entry.name)[1].lower() in EXTENSIONS and entry.is_file():
-                    paths.append(path)
-            except OSError:  # a link that leads in a circle
-                continue
-    return sorted(paths), unreadable
+    try:
+        tensor = torch.from_numpy(images)
+    except TypeError as error:
+        raise InputError(f"images must be floating point or uint8; got an array of {images.dtype}") from error
+    if images.ndim == 4 and images.shape[1] not in CHANNELS and images.shape[3] in CHANNELS:
+        return tensor.permute(0, 3, 1, 2)
+    if images.ndim == 3:
+        raise InputError(f"grey images need a dimension of channels: images[:, None]; got shape {images.shape}")
+    return tensor
 
 
 class TensorImages(ImageSource):
@@ -274,7 +187,7 @@ class DatasetImages(ImageSource):
         self.dataset, self.num_workers, self.collate = dataset, num_workers, collate
         self.convert = _Converter(preprocessing, pixels)
         self.workers = workers or {}  # how they are started
-        if isinstance(dataset, FolderImages):
+        if isinstance(dataset, ImageFiles):
             self.paths, self.targets = dataset.paths, dataset.targets
 
     def __len__(self) -> int:
@@ -332,14 +245,33 @@ class _Indexed(Dataset):
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> tuple[int, Any]:
-        if isinstance(self.dataset, FolderImages):
+        if isinstance(self.dataset, ImageFiles):
             how = self.dataset.preprocessing
             return index, self.dataset.read(index, how.pixels if self.convert.pixels else how)
         item = self.dataset[index]
         if self.untouched:
             return index, item
-        image = item[0] if isinstance(item, (tuple, list)) else item
+        image = _image_in(item)
+        if isinstance(image, np.ndarray):
+            rows = image[None] if image.ndim == 3 else image[None, None]
+            image = _tensor_of(np.require(rows, requirements="W"))[0]
         return index, self.convert(image) if isinstance(image, Image.Image) else image
+
+
+def _image_in(item: Any) -> Any:
+    """The image in what a dataset holds: the first of a tuple, also of views, or an entry of a mapping.
+
+    Raises:
+        InputError: a mapping without one.
+    """
+    if isinstance(item, (tuple, list)) and len(item):
+        return _image_in(item[0])
+    if isinstance(item, Mapping):
+        key = next((key for key in KEYS if key in item), None)
+        if key is None:
+            raise InputError(f"an image of a dataset must be under one of {KEYS}; got {sorted(map(str, item))}")
+        return _image_in(item[key])
+    return item
 
 
 class _Collate:
@@ -353,7 +285,7 @@ class _Collate:
         if not good:
             return Batch(indices, torch.empty(0), skipped)
         images = (self.collate or self._stack)([image for _, image in good])
-        images = images[0] if isinstance(images, (tuple, list)) else images
+        images = _image_in(images)
         if not isinstance(images, Tensor) or images.dim() != 4 or len(images) != len(good):
             got = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
             raise InputError(f"a batch of {len(good)} images must be a tensor, (N, C, H, W); the dataset gave {got}")
@@ -363,7 +295,8 @@ class _Collate:
     def _stack(images: list[Any]) -> Any:
         if not all(isinstance(image, Tensor) for image in images):
             raise InputError(
-                f"a dataset must return tensors or PIL images, or tuples that begin with one; got {images[0]!r:.80}"
+                "a dataset must return tensors, arrays or PIL images, tuples that begin with one, or mappings that "
+                f"hold one under {KEYS}; got {images[0]!r:.80}"
             )
         shapes = {tuple(image.shape) for image in images}
         if len(shapes) > 1:

@@ -18,7 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from ssl_exit.encoders.chain import Chain
 from ssl_exit.encoders.counting import NoFusedAttention, flop_counter
+from ssl_exit.encoders.huggingface import chained
 from ssl_exit.encoders.opaque import OpaqueEncoder
 from ssl_exit.errors import InputError
 
@@ -102,29 +104,15 @@ def list_exits(encoder: nn.Module | Sequence[nn.Module], example: Tensor) -> lis
     return trace(encoder, example).points
 
 
-class Chain(nn.Module):
-    """A list of modules run in order and never traced into: stages of the user's."""
-
-    def __init__(self, modules: Sequence[nn.Module]) -> None:
-        super().__init__()
-        for i, module in enumerate(modules):
-            self.add_module(f"stage{i}", module)
-
-    def forward(self, x: Tensor) -> Tensor:
-        for module in self._modules.values():  # children() would skip a module that stands here twice
-            assert module is not None
-            x = module(x)
-        return x
-
-
 def as_module(encoder: nn.Module | Sequence[nn.Module] | Callable[[Tensor], Any]) -> nn.Module:
-    """The encoder itself, the modules of a list one after another, or a callable as a module.
+    """The encoder itself, out of what torch.compile and parallel training wrap around it; a vision model of
+    transformers as a chain of its layers; the modules of a list one after another; or a callable as a module.
 
     Raises:
         InputError: none of these.
     """
     if isinstance(encoder, nn.Module):
-        return encoder
+        return chained(_unwrapped(encoder))
     if callable(encoder) and not isinstance(encoder, type):
         return OpaqueEncoder(encoder)
     if not isinstance(encoder, Sequence) or not encoder or not all(isinstance(m, nn.Module) for m in encoder):
@@ -135,11 +123,26 @@ def as_module(encoder: nn.Module | Sequence[nn.Module] | Callable[[Tensor], Any]
     return Chain(encoder)
 
 
+def _unwrapped(module: nn.Module) -> nn.Module:
+    """The module inside torch.compile's, DataParallel's and DistributedDataParallel's."""
+    while True:
+        if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            module = module.module
+        elif "_orig_mod" in module._modules:  # torch.compile's OptimizedModule, whose class is private
+            module = module.get_submodule("_orig_mod")
+        else:
+            return module
+
+
 def trace(encoder: nn.Module | Sequence[nn.Module], example: Tensor) -> TracedEncoder:
     """Trace an encoder, find its legal exit points and count multiply-adds (see `list_exits`)."""
     root = as_module(encoder)
     if isinstance(root, OpaqueEncoder):
         raise InputError("a callable that is no torch.nn.Module has no exit points; put a front before it")
+    if isinstance(root, torch.jit.ScriptModule):
+        raise InputError(
+            "a module of torch.jit has no exit points; pass the one it was made from, or put a front before it"
+        )
     if not isinstance(example, Tensor) or example.dim() < 2 or len(example) == 0:
         got = tuple(example.shape) if isinstance(example, Tensor) else type(example).__name__
         raise InputError(f"the example must be a tensor of images, (N, C, H, W), with N >= 1; got {got}")
@@ -232,7 +235,7 @@ def _tracer_options(root: nn.Module) -> dict[str, Any]:
 
     options: dict[str, Any] = feature_extraction._set_default_tracer_kwargs(None)
     if isinstance(root, Chain):
-        options["leaf_modules"] = [*options["leaf_modules"], *{type(m) for m in root.children()}]
+        options["leaf_modules"] = [*options["leaf_modules"], *{type(m) for m in root.parts()}]
     elif type(root).__module__.startswith("timm."):
         timm_layers = sys.modules["timm.layers"]
         options["leaf_modules"] = [*options["leaf_modules"], *timm_layers.get_notrace_modules()]

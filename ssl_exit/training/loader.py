@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ssl_exit.data.cache import MEMORY_SHARE, memory
-from ssl_exit.data.images import Batch, DatasetImages, FolderImages, ImageSource, TensorImages, open_images
+from ssl_exit.data.image_files import ImageFiles
+from ssl_exit.data.images import Batch, DatasetImages, ImageSource, TensorImages, open_images
 from ssl_exit.data.preprocessing import Preprocessing
 from ssl_exit.data.reading import first_images
 from ssl_exit.errors import InputError
@@ -34,7 +35,7 @@ def open_training_images(
         InputError: no images, or of another kind, shape or range.
     """
     source = open_images(data, preprocessing, num_workers, pixels=True)
-    if isinstance(source, DatasetImages) and isinstance(source.dataset, FolderImages):
+    if isinstance(source, DatasetImages) and isinstance(source.dataset, ImageFiles):
         needed = processes * len(source) * len(preprocessing.mean) * preprocessing.size**2
         if needed <= MEMORY_SHARE * memory():  # not of what is free: every process must decide alike
             source = decoded(source)

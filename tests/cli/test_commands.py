@@ -13,7 +13,7 @@ from PIL import Image
 
 from ssl_exit import ExitClusterer
 from ssl_exit.cli import COMMANDS, command, main, parser_of
-from ssl_exit.data.images import FolderImages
+from ssl_exit.data.image_files import FolderImages
 from ssl_exit.data.preprocessing import Preprocessing
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"

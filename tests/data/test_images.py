@@ -21,7 +21,8 @@ from torch.utils.data import (
 )
 
 from ssl_exit import Preprocessing
-from ssl_exit.data.images import FolderImages, open_images
+from ssl_exit.data.image_files import FolderImages
+from ssl_exit.data.images import open_images
 from ssl_exit.data.reading import read
 from ssl_exit.errors import InputError
 
@@ -56,6 +57,17 @@ def test_folder_tensor_dataset_and_loader_agree(image_folder, workers):
         (DataLoader(labelled, batch_size=3, shuffle=True), None),
         (DataLoader(labelled, batch_size=None), None),
         (Subset(folder, range(60)), GREY),
+        ([str(image_folder / path) for path in folder.paths], GREY),
+        ([image_folder / path for path in folder.paths], GREY),
+        (tensor.numpy(), None),
+        (tensor.permute(0, 2, 3, 1).contiguous().numpy(), None),
+        (np.broadcast_to(tensor.permute(0, 2, 3, 1).numpy(), (60, 8, 8, 1)), None),  # read-only, as mapped files are
+        ([np.asarray(picture) for picture in pictures], GREY),
+        ([np.asarray(picture)[..., None] for picture in pictures], GREY),
+        ([((image, image + 1), 3, "name") for image in tensor], None),
+        ([{"label": 1, "image": picture} for picture in pictures], GREY),
+        (DataLoader([{"pixel_values": image, "label": 1} for image in tensor], batch_size=4), None),
+        (DataLoader([([image, image + 1], 1) for image in tensor], batch_size=4), None),
     ):
         indices, images, skipped = everything(open_images(data, preprocessing, workers), order=order)
         assert indices.tolist() == order.tolist()
@@ -258,7 +270,11 @@ class Stream(IterableDataset):
         (torch.zeros(3, 8, 8), None, "four dimensions"),
         (torch.zeros(3, 3, 8, 8, dtype=torch.uint8), None, "need a preprocessing"),
         (torch.zeros(3, 3, 8, 8, dtype=torch.int32), None, "floating point or uint8"),
-        (np.zeros((3, 3, 8, 8)), None, "torch.from_numpy"),
+        (np.zeros((3, 8, 8)), None, r"images\[:, None\]"),
+        (np.array(["a"]), None, "floating point or uint8"),
+        (np.zeros((3, 3, 8, 8), dtype=np.uint8), None, "need a preprocessing"),
+        ({"image": torch.zeros(3, 3, 8, 8)}, None, "got dict"),
+        (["a.jpg", "b.jpg"], None, "need a preprocessing"),
         (5, None, "got int"),
         ("no/such/folder", RGB, "is not a folder"),
         (DataLoader(Stream()), None, "IterableDataset"),
@@ -280,7 +296,7 @@ def test_wrong_data_is_refused(data, preprocessing, message):
 def test_empty_folder_and_missing_preprocessing(tmp_path):
     with pytest.raises(InputError, match="holds no image files"):
         open_images(tmp_path, RGB)
-    with pytest.raises(InputError, match="needs a preprocessing"):
+    with pytest.raises(InputError, match="need a preprocessing"):
         open_images(tmp_path)
 
 
@@ -289,8 +305,9 @@ def test_empty_folder_and_missing_preprocessing(tmp_path):
     [
         ([torch.zeros(3, 8, 8), torch.zeros(3, 9, 8)], "differ in shape"),
         ([torch.zeros(3), torch.zeros(3)], r"must be a tensor, \(N, C, H, W\)"),
-        ([np.zeros((3, 8, 8))], r"tensors or PIL images.*; got array\("),
-        (["a.jpg", "b.jpg"], "tensors or PIL images.*; got 'a.jpg'"),
+        ([{"picture": torch.zeros(1, 8, 8)}], "must be under one of .*; got .'picture'"),
+        ([3, 4], "tensors, arrays or PIL images.*; got 3"),
+        ([np.array(["a"])], "floating point or uint8"),
         ([Image.new("L", (8, 8))], "need a preprocessing"),
     ],
 )

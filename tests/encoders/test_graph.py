@@ -7,8 +7,8 @@ import torchvision
 from torch import nn
 
 from ssl_exit import list_exits
-from ssl_exit.encoders.graph import trace
-from ssl_exit.encoders.small import resnet20_cifar
+from ssl_exit.encoders.graph import as_module, trace
+from ssl_exit.encoders.small import digits_encoder, resnet20_cifar
 from ssl_exit.encoders.stages import split
 from ssl_exit.errors import InputError
 
@@ -157,3 +157,15 @@ def test_modes_of_the_encoder_are_left_alone():
     assert encoder.training
     assert encoder.layer2.training
     assert not encoder.layer1.training
+
+
+def test_wrappers_are_taken_off_and_scripted_modules_refused(digits):
+    encoder = digits_encoder().eval()
+    names = [point.name for point in list_exits(encoder, digits[:1])]
+    for wrapped in (torch.compile(encoder), nn.DataParallel(encoder), torch.compile(nn.DataParallel(encoder))):
+        assert as_module(wrapped) is encoder
+        assert [point.name for point in list_exits(wrapped, digits[:1])] == names
+    scripted = torch.jit.trace(encoder, digits[:1])
+    with pytest.raises(InputError, match="pass the one it was made from"):
+        list_exits(scripted, digits[:1])
+    assert torch.equal(split(scripted, [], digits[:1])(digits[:3]), encoder(digits[:3]))  # behind a front

@@ -1,0 +1,143 @@
+"""Vision models of Hugging Face's transformers (version 5) as chains of their layers.
+
+torch.fx traces none of them. Each is embeddings, a list of layers, and what makes `pooler_output` of the last one; the
+features are that output.
+"""
+
+import inspect
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from ssl_exit.encoders.chain import Chain
+from ssl_exit.errors import InputError
+
+
+class Part(nn.Module):
+    """Some modules of a model, and how they are applied."""
+
+    def __init__(self, function: Callable[[Any, Tensor], Tensor], model: nn.Module, names: str) -> None:
+        super().__init__()
+        self.function = function
+        for name in names.split():
+            self.add_module(name, getattr(model, name, None))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self, x)
+
+
+class Layer(nn.Module):
+    """One layer, without a mask."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+        self.masked = "attention_mask" in inspect.signature(module.forward).parameters
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        result = self.module(hidden, attention_mask=None) if self.masked else self.module(hidden)
+        return result if isinstance(result, Tensor) else result[0]
+
+
+class RotaryLayer(nn.Module):
+    """A layer of DINOv3: its position embeddings follow from the number of patches of a square image."""
+
+    def __init__(self, module: nn.Module, rope: nn.Module, config: Any) -> None:
+        super().__init__()
+        self.module, self.rope = module, rope
+        self.patch, self.others = config.patch_size, 1 + config.num_register_tokens
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        patches = hidden.shape[1] - self.others
+        side = math.isqrt(patches)
+        if side * side != patches:
+            raise InputError(f"DINOv3 takes square images here; these have {patches} patches")
+        pixels = hidden.new_empty(1, 1, side * self.patch, side * self.patch)
+        result = self.module(hidden, position_embeddings=self.rope(pixels))
+        return result if isinstance(result, Tensor) else result[0]
+
+
+class Family(NamedTuple):
+    """How models of one class are cut.
+
+    Attributes:
+        layers: where the list of layers is.
+        modules: names of the modules before and behind the layers, in two words or groups.
+        before: images to what enters the first layer.
+        behind: what leaves the last layer to features.
+    """
+
+    layers: str
+    modules: tuple[str, str]
+    before: Callable[[Any, Tensor], Tensor]
+    behind: Callable[[Any, Tensor], Tensor]
+
+
+def _embedded(part: Any, images: Tensor) -> Tensor:
+    return part.embeddings(images)
+
+
+def _embedded_and_normed(part: Any, images: Tensor) -> Tensor:
+    return part.pre_layrnorm(part.embeddings(images))
+
+
+def _stem(part: Any, images: Tensor) -> Tensor:
+    return part.embedder(images)
+
+
+def _first_of_normed(part: Any, hidden: Tensor) -> Tensor:
+    return (part.layernorm if hasattr(part, "layernorm") else part.norm)(hidden)[:, 0]
+
+
+def _first_normed(part: Any, hidden: Tensor) -> Tensor:
+    return part.post_layernorm(hidden[:, 0])
+
+
+def _vit(part: Any, hidden: Tensor) -> Tensor:
+    normed = part.layernorm(hidden)
+    return normed if part.pooler is None else part.pooler(normed)
+
+
+def _siglip(part: Any, hidden: Tensor) -> Tensor:
+    normed = part.post_layernorm(hidden)
+    return normed if part.head is None else part.head(normed)
+
+
+def _average(part: Any, hidden: Tensor) -> Tensor:
+    return part.pooler(hidden).flatten(1)
+
+
+def _average_normed(part: Any, hidden: Tensor) -> Tensor:
+    return part.layernorm(hidden.mean((-2, -1)))
+
+
+_DINOV2 = Family("encoder.layer", ("embeddings", "layernorm"), _embedded, _first_of_normed)
+_CONVNEXT = Family("encoder.stages", ("embeddings", "layernorm"), _embedded, _average_normed)
+_CLIP = Family("encoder.layers", ("embeddings pre_layrnorm", "post_layernorm"), _embedded_and_normed, _first_normed)
+FAMILIES = {
+    "Dinov2Model": _DINOV2,
+    "Dinov2WithRegistersModel": _DINOV2,
+    "DINOv3ViTModel": Family("model.layer", ("embeddings", "norm"), _embedded, _first_of_normed),
+    "ViTModel": Family("layers", ("embeddings", "layernorm pooler"), _embedded, _vit),
+    "CLIPVisionModel": _CLIP,
+    "SiglipVisionModel": Family("encoder.layers", ("embeddings", "post_layernorm head"), _embedded, _siglip),
+    "ResNetModel": Family("encoder.stages", ("embedder", "pooler"), _stem, _average),
+    "ConvNextModel": _CONVNEXT,
+    "ConvNextV2Model": _CONVNEXT,
+}
+
+
+def chained(model: nn.Module) -> nn.Module:
+    """A vision model of transformers as a chain whose parts are named as its own layers; any other module as it is."""
+    family = FAMILIES.get(type(model).__name__) if type(model).__module__.startswith("transformers.") else None
+    if family is None:
+        return model
+    layers = model.get_submodule(family.layers)
+    rope = getattr(model, "rope_embeddings", None)
+    before, behind = family.modules
+    named: dict[str, nn.Module] = {"embeddings": Part(family.before, model, before)}
+    for i, layer in enumerate(layers.children()):
+        named[f"{family.layers}.{i}"] = Layer(layer) if rope is None else RotaryLayer(layer, rope, model.config)
+    return Chain(named | {"pooled": Part(family.behind, model, behind)})
