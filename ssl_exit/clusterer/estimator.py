@@ -43,7 +43,8 @@ class ExitClusterer(ClusterMixin, Fitted):
         encoder: images to features: a module (it is copied, never changed); a list of modules that are its
             stages, for networks torch.fx cannot trace; an EncoderSpec, which load() can build again; or, with a
             front, any callable from images to features, such as an ONNX session or a client of a service.
-        n_clusters: K, the number of final clusters. Default 10.
+        n_clusters: K, the number of final clusters (default 10); or the final clusters themselves: centroids, (K, F),
+            or a fitted k-means of scikit-learn or FAISS. A label is then the row of the nearest centroid.
         exits: names of exit points, "auto" (default), or `Exits`: points, descriptor, accumulate, normalize, patience,
             ensemble.
         rule: name of an exit rule (default "centroid"; docs/rules.md), or `Rule`: name, options, mirror.

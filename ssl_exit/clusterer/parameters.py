@@ -2,8 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, fields, replace
+from numbers import Number
 from typing import Any, Self
 
+import numpy as np
 import torch
 from sklearn.base import BaseEstimator
 from torch import nn
@@ -12,6 +14,7 @@ from ssl_exit.data.preprocessing import Preprocessing
 from ssl_exit.encoders.build import EncoderSpec
 from ssl_exit.encoders.inference import usable_device
 from ssl_exit.errors import InputError
+from ssl_exit.exits.final import centroids_in
 from ssl_exit.exits.registry import check_rule
 from ssl_exit.settings import GROUPS, Calibration, Clusters, Exits, Front, Rule, Runtime, Settings
 
@@ -23,7 +26,7 @@ class Parameters(BaseEstimator):
     """What `ExitClusterer` is made with; see there."""
 
     encoder: nn.Module | Sequence[nn.Module] | EncoderSpec
-    n_clusters: int = _DEFAULT.n_clusters
+    n_clusters: int | np.ndarray | Any = _DEFAULT.n_clusters
     exits: Exits | str | Sequence[str] = _DEFAULT.exits
     rule: Rule | str = _DEFAULT.rule
     front: Front | str | nn.Module | None = None
@@ -74,6 +77,12 @@ class Parameters(BaseEstimator):
         """
         values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(Settings)}
         values |= {name: group.of(values[name]) for name, group in GROUPS.items()} | {"device": str(self.device)}
+        if not isinstance(self.n_clusters, (Number, str, type(None))):
+            centroids, spherical = centroids_in(self.n_clusters)
+            values["n_clusters"], rows = len(centroids), tuple(map(tuple, centroids.tolist()))
+            clusters = values["clusters"]
+            spherical = clusters.spherical if spherical is None else spherical
+            values["clusters"] = replace(clusters, centroids=rows, spherical=spherical)
         settings = Settings(**values)
         if not isinstance(self.preprocessing, (Preprocessing, type(None))):
             raise InputError(

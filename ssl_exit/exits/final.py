@@ -1,12 +1,14 @@
 """What the full encoder answers: the nearest final centroid or, in the supervised mode, its own class."""
 
 from abc import ABC, abstractmethod
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssl_exit.errors import InputError
+from ssl_exit.errors import InputError, shown
 from ssl_exit.exits.kmeans import kmeans
 from ssl_exit.exits.rules import squared_distances
 
@@ -98,6 +100,19 @@ class FinalClusters(Final):
         centroids = kmeans(points.numpy(), n_clusters, spherical=spherical, seed=seed)
         return cls(torch.from_numpy(centroids), spherical)
 
+    @classmethod
+    def given(cls, centroids: Tensor, features: Tensor, *, spherical: bool) -> "FinalClusters":
+        """Centroids, (K, F), of the user's; of unit length if `spherical`.
+
+        Raises:
+            InputError: final features, (N, F), have another length.
+        """
+        if centroids.shape[1] != features.shape[1]:
+            raise InputError(
+                f"centroids of {centroids.shape[1]} features do not fit the encoder, which gives {features.shape[1]}"
+            )
+        return cls(F.normalize(centroids, dim=1) if spherical else centroids, spherical)
+
     @property
     def n_clusters(self) -> int:
         return len(self.centroids)
@@ -119,3 +134,27 @@ class FinalClusters(Final):
         if not self.spherical:  # where lengths of features and centroids count
             near -= self.centroids.square().sum(1) / 2
         return torch.where(features.isfinite().all(1), near.argmax(1), -1)
+
+
+def centroids_in(clusters: Any) -> tuple[np.ndarray, bool | None]:
+    """The centroids, (K, F) float32, in an array, a tensor or a fitted k-means of scikit-learn or FAISS, and whether
+    that compares by direction; None where it does not say.
+
+    Raises:
+        InputError: there are none, or not all of them are finite.
+    """
+    spherical = None
+    if hasattr(clusters, "cluster_centers_"):
+        clusters, spherical = clusters.cluster_centers_, False
+    elif hasattr(clusters, "centroids"):
+        clusters, spherical = clusters.centroids, bool(getattr(getattr(clusters, "cp", None), "spherical", False))
+    try:
+        centroids = np.asarray(clusters.detach().cpu() if isinstance(clusters, Tensor) else clusters, dtype=np.float32)
+    except (TypeError, ValueError):
+        centroids = np.empty(0, dtype=np.float32)
+    if centroids.ndim != 2 or not centroids.size or not np.isfinite(centroids).all():
+        raise InputError(
+            "n_clusters is a number, final centroids, (K, F), with finite entries, or a fitted k-means of scikit-learn "
+            f"or FAISS; got {shown(clusters)}"
+        )
+    return centroids, spherical

@@ -80,7 +80,8 @@ def fit(
         cascade, provenance = _with_exits(cut, points, images, fitted, parts[0], taught, classes)
     else:
         cascade, provenance = _fronts_alone(cut, taught)
-    settings = replace(settings, front=replace(settings.front, network=None))  # it is among the model's fronts
+    front, clusters = replace(settings.front, network=None), replace(settings.clusters, centroids=None)
+    settings = replace(settings, front=front, clusters=clusters)  # the model has its own
     path = cascade.thresholds[None]
     nothing = SettingCounts.count(path, Recorded.empty(len(cascade.rules)))
     _, certificate = certify(path, nothing, cascade.costs, settings.max_disagreement, settings.confidence)

@@ -102,15 +102,18 @@ def clustered_images(n_clusters: int) -> int:
 
 
 def final_clusters(sample: Sample, n_clusters: int, clusters: Clusters, seed: int) -> Final:
-    """The final clusters of a sample: k-means on its first images, or in the supervised mode the encoder's classes.
+    """The final clusters of a sample: k-means on its first images, centroids of the user's, or in the supervised mode
+    the encoder's classes.
 
     Raises:
-        InputError: fewer images than clusters, or, in the supervised mode, another number of logits.
+        InputError: fewer images than clusters, or another number of features than centroids or classes have.
     """
     if len(sample) == 0:
         raise InputError("no image has finite pixels and features: the encoder or the images are broken")
     if clusters.supervised:
         return FinalClasses.of(sample.features, n_clusters)
+    if clusters.centroids is not None:
+        return FinalClusters.given(torch.tensor(clusters.centroids), sample.features, spherical=clusters.spherical)
     features = sample.features[: clustered_images(n_clusters)]
     return FinalClusters.fit(features, n_clusters, spherical=clusters.spherical, seed=seed)
 

@@ -36,7 +36,8 @@ def write_labels(file: Path, names: Sequence[str], result: ExitResult, exit_name
 
 
 class _Mark(NamedTuple):
-    """How much of a draft is written: rows, bytes, and the CRC-32 of those bytes; a line of JSON each time."""
+    """How much of a draft is written: rows, bytes, and the CRC-32 of those bytes; each time a line of JSON and of that
+    its own CRC-32."""
 
     rows: int
     size: int
@@ -128,10 +129,10 @@ class LabelFile:
         crc, size = 0, 0
         with self.draft.open("rb") as draft, self.marks.open("rb") as marks:
             for line in marks:
-                try:
-                    mark = _Mark(*map(int, json.loads(line)))
-                except (ValueError, TypeError):  # the last line of a run that was killed
+                content, _, own = line.rpartition(b" ")
+                if own != _checksum(content):  # a flipped bit, or the last line of a run that was killed
                     break
+                mark = _Mark(*json.loads(content))
                 block = draft.read(max(0, mark.size - size))
                 crc, size = zlib.crc32(block, crc), size + len(block)
                 if (crc, size) != (mark.crc, mark.size):
@@ -149,7 +150,12 @@ def _copy(file: Path, to: IO[bytes], size: int) -> None:
 
 
 def _line(mark: _Mark) -> bytes:
-    return json.dumps(mark).encode() + b"\n"
+    content = json.dumps(mark).encode()
+    return content + b" " + _checksum(content)
+
+
+def _checksum(content: bytes) -> bytes:
+    return b"%08x\n" % zlib.crc32(content)
 
 
 def _csv(rows: Iterator[tuple[str, ...]] | list[tuple[str, ...]]) -> bytes:

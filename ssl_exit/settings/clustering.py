@@ -29,7 +29,7 @@ class Exits(Group):
     descriptor: Literal["auto", "average", "pyramid", "tokens", "flatten"] = "auto"
     accumulate: bool = True
     normalize: bool = False
-    patience: int = option(1, "[1, inf)")
+    patience: int = option(1, "[1, 1000]")
     ensemble: bool = False
 
     def __post_init__(self) -> None:
@@ -119,10 +119,17 @@ class Clusters(Group):
         spherical: compare final features by direction (cosine) instead of Euclidean distance.
         supervised: the encoder gives one logit a class (n_clusters of them); nothing is clustered, and exits learn the
             classes `y` of fit(), or the encoder's own answers without them.
+        centroids: final centroids of your own, (K, F), instead of k-means; n_clusters as an array sets them.
     """
 
     spherical: bool = True
     supervised: bool = False
+    centroids: Any = option(None, flag=PYTHON)  # a tuple of tuples; checked where it is made
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.supervised and self.centroids is not None:
+            raise InputError("in the supervised mode the encoder's classes are the clusters; leave centroids out")
 
 
 @dataclass(frozen=True)
@@ -173,7 +180,7 @@ class Runtime(Group):
 
     precision: Literal["float32", "bfloat16"] = "float32"
     compile: bool = False
-    num_workers: int = option(0, "[0, inf)")
+    num_workers: int = option(0, "[0, 1024]")
     max_pixels: int = option(89_478_485, "[1, inf)")  # beyond, Pillow warns
     progress: bool = True
 
@@ -202,7 +209,7 @@ class Settings(Group):
     rule: Rule = Rule()
     max_disagreement: float = option(0.02, "(0, 1)")
     confidence: float = option(0.95, "(0, 1)")
-    batch_size: int = option(256, "[1, inf)")
+    batch_size: int = option(256, "[1, 1000000]")
     device: str = "auto"
     random_state: int = option(0, "[0, inf)", flag="seed")
     front: Front = Front()
@@ -224,8 +231,10 @@ class Settings(Group):
             raise InputError(f"these are no settings of this version: {error}") from error
 
     def to_dict(self) -> dict[str, Any]:
-        """Nested dictionaries of plain values, for JSON; without a network of the user's."""
-        return asdict(replace(self, front=replace(self.front, network=None)))
+        """Nested dictionaries of plain values, for JSON; without a network and centroids of the user's, which are a
+        model's own."""
+        front, clusters = replace(self.front, network=None), replace(self.clusters, centroids=None)
+        return asdict(replace(self, front=front, clusters=clusters))
 
     def parameters(self) -> dict[str, Any]:
         """Parameters of `ExitClusterer` by name, groups as they are."""

@@ -41,6 +41,11 @@ def test_stages_equal_the_encoder_bit_for_bit(name, rgb_digits):
     assert min(staged.macs) >= 0
 
 
+@torch.fx.wrap
+def rows_of(height):
+    return torch.arange(float(height))[:, None]
+
+
 class ByShape(nn.Module):
     """Later layers use what depends on height and width (a constant) and on the size of the batch (none)."""
 
@@ -54,7 +59,7 @@ class ByShape(nn.Module):
 
     def forward(self, x):
         n, _, h, w = x.shape
-        rows = torch.arange(h, dtype=x.dtype, device=x.device)[:, None] * torch.ones(w, device=x.device)
+        rows = rows_of(h)
         bias = x.new_ones(n, 1, h, w) if self.per_image else rows / h
         y = self.first(x) + bias
         return (self.second(y) * bias + w).flatten(1)
