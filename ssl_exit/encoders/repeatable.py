@@ -12,15 +12,22 @@ IMAGES, ALONE = 16, 4  # of a batch, and of these one by one
 TOLERANCE = {"float32": 0.01, "bfloat16": 0.05}  # difference of features / their norm; kernels round by batch size
 
 
-def check_repeatable(module: nn.Module, features: Callable[[Tensor], Tensor], images: Tensor, precision: str) -> None:
+def check_repeatable(
+    module: nn.Module,
+    features: Callable[[Tensor], Tensor],
+    own_features: Callable[[Tensor], Tensor],
+    images: Tensor,
+    precision: str,
+) -> None:
     """Refuse an encoder whose features of an image depend on more than the image.
 
-    The same batch is run twice, in reverse order, and some of its images alone; features may differ by at most 1 % of
-    their norm (bfloat16: 5 %).
+    The same batch is run twice, in reverse order, some of its images alone, and twice by the encoder as it is, which
+    tracing may have fixed in one state; features may differ by at most 1 % of their norm (bfloat16: 5 %).
 
     Args:
         module: the encoder, searched for the likely reason.
         features: images as they come from the data to final features, (N, C, H, W) -> (N, F).
+        own_features: the same by the encoder as it is, neither traced nor rewritten.
         images: some, (N, C, H, W).
         precision: "float32" or "bfloat16".
 
@@ -38,6 +45,8 @@ def check_repeatable(module: nn.Module, features: Callable[[Tensor], Tensor], im
             "when the same batch runs twice": lambda: features(x.clone()),
             "alone and in a batch": alone,
             "in another order of the batch": lambda: features(x.flip(0)).flip(0),
+            "as it is and cut into stages": lambda: own_features(x.clone()),
+            "as it is, run again, and cut into stages": lambda: own_features(x.clone()),
         }
         for when, trial in trials.items():
             try:
@@ -47,7 +56,7 @@ def check_repeatable(module: nn.Module, features: Callable[[Tensor], Tensor], im
                 raise InputError(f"the encoder fails on some images of a batch that it takes: {reason}") from error
             expected = first[: len(again)].float()
             usable = expected.isfinite().all(1)  # the others are skipped
-            far = (again.float() - expected).norm(dim=1) / expected.norm(dim=1).clamp(min=1e-12)
+            far = (again.float().to(expected.device) - expected).norm(dim=1) / expected.norm(dim=1).clamp(min=1e-12)
             worst = far[usable].nan_to_num(nan=math.inf).max().item() if usable.any() else 0.0
             if worst > TOLERANCE[precision]:
                 raise InputError(

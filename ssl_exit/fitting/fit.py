@@ -17,6 +17,7 @@ from ssl_exit.data.preprocessing import Preprocessing
 from ssl_exit.data.reading import first_images
 from ssl_exit.encoders.front import FrontDescriptor
 from ssl_exit.encoders.inference import usable_device
+from ssl_exit.encoders.opaque import features_of
 from ssl_exit.encoders.repeatable import check_repeatable
 from ssl_exit.encoders.stages import MOST_EXITS, WIDEST
 from ssl_exit.encoders.tapped import TappedEncoder
@@ -115,8 +116,14 @@ def logits_per_image(settings: Settings) -> int:
 
 
 def _check_repeatable(encoder: nn.Module, tapped: TappedEncoder, example: Tensor, settings: Settings) -> None:
+    def features(images: Tensor) -> Tensor:
+        return tapped.final_features(tapped.enter(images))
+
+    def own_features(images: Tensor) -> Tensor:
+        return tapped.output(features_of(encoder(images), images))
+
     with torch.random.fork_rng(devices=[]):  # an encoder that draws random numbers draws from the global generator
-        check_repeatable(encoder, lambda x: tapped.final_features(tapped.enter(x)), example, settings.runtime.precision)
+        check_repeatable(encoder, features, own_features, example, settings.runtime.precision)
 
 
 def _check_fronts(tapped: TappedEncoder, settings: Settings) -> None:

@@ -58,6 +58,13 @@ def test_it_is_refused_before_a_front_is_taught(encoder, message, digits):
         ExitClusterer(encoder.eval(), front="auto").fit(digits[:300])
 
 
+def test_one_whose_state_tracing_would_freeze_is_refused(digits):
+    encoder = Wrapped(lambda m, z: z if m.calls % 2 else -z).eval()
+    for how in ({"front": "auto"}, {"exits": ["encoder.block3.relu"]}):
+        with pytest.raises(InputError, match=r"as it is.* cut into stages"):
+            ExitClusterer(encoder, **how).fit(digits[:300])
+
+
 def test_one_that_does_passes_in_both_precisions(digits):
     for precision in ("float32", "bfloat16"):
         clusterer(digits_encoder(), precision=precision, confidence=0.5, max_disagreement=0.2).fit(digits[:600])
