@@ -18,6 +18,7 @@ from ssl_exit.cascade.times import StageTimes, stage_times
 from ssl_exit.data.hashes import module_hash, settings_hash, tensors_hash, watched_hash
 from ssl_exit.data.images import Batch
 from ssl_exit.data.preprocessing import Preprocessing
+from ssl_exit.encoders.build import EncoderSpec
 from ssl_exit.encoders.front import FrontDescriptor, FrontNetwork
 from ssl_exit.encoders.inference import usable_device
 from ssl_exit.encoders.tapped import TappedEncoder
@@ -41,7 +42,7 @@ class Model:
 
     Attributes:
         encoder: the encoder, in float32 on the CPU; a copy rewritten for speed is what runs.
-        spec: name of its `EncoderSpec`, if it was built by one.
+        spec: its architecture, if an `EncoderSpec` built it.
         cascade: stages, exits and thresholds.
         settings: parameters it was fitted with.
         preprocessing: of images, or None where they are taken as they are.
@@ -55,7 +56,7 @@ class Model:
     """
 
     encoder: nn.Module
-    spec: str | None
+    spec: EncoderSpec | None
     cascade: Cascade
     settings: Settings
     preprocessing: Preprocessing | None
@@ -93,8 +94,10 @@ class Model:
         Args:
             watch: hash weights again only where a cheap look says that they changed (see `watched_hash`).
         """
+        weights = (watched_hash if watch else module_hash)(self.encoder)
+        options = self.spec and not self.spec.imported and self.spec.options
         return {
-            "encoder": (watched_hash if watch else module_hash)(self.encoder),
+            "encoder": settings_hash([weights, options]) if options else weights,
             "preprocessing": settings_hash(self.preprocessing.to_dict() if self.preprocessing else None),
             "exits": settings_hash(
                 [
@@ -126,7 +129,7 @@ class Model:
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """All but the encoder: what JSON can hold, and tensors by name; `from_state` is the inverse."""
-        cascade, used = self.cascade, self.provenance
+        cascade, used, spec = self.cascade, self.provenance, self.spec
         tensors = cascade.tensors() | {
             "path": torch.from_numpy(self.path),
             "path_disagreement": torch.from_numpy(self.path_disagreement),
@@ -137,7 +140,11 @@ class Model:
         if cascade.times is not None:
             tensors |= {f"times.{k}": torch.from_numpy(v.copy()) for k, v in vars(cascade.times).items()}
         about = {
-            "encoder": {"spec": self.spec, "class": type(self.encoder).__name__, "hash": self.cut_hash},
+            "encoder": {
+                "spec": spec and {"name": spec.name, "options": spec.options},
+                "class": type(self.encoder).__name__,
+                "hash": self.cut_hash,
+            },
             "settings": self.settings.to_dict(),
             "preprocessing": self.preprocessing.to_dict() if self.preprocessing else None,
             "image": list(self.image_shape),
@@ -177,7 +184,7 @@ class Model:
             InputError: a front of the user's own is missing or does not fit.
         """
         settings = settings or Settings.from_dict(about["settings"])
-        image, exits = tuple(about["image"]), settings.exits
+        image, exits, spec = tuple(about["image"]), settings.exits, about["encoder"]["spec"]
         _check_shapes(tensors, len(about["exits"]), settings)
         fronts = tuple(
             _front(config, _under(tensors, f"fronts.{i}."), front) for i, config in enumerate(about["fronts"])
@@ -216,7 +223,7 @@ class Model:
         )
         return cls(
             encoder=encoder,
-            spec=about["encoder"]["spec"],
+            spec=spec and EncoderSpec(**spec),
             cascade=replace(cascade, times=times),
             settings=settings,
             preprocessing=Preprocessing(**about["preprocessing"]) if about["preprocessing"] else None,

@@ -18,19 +18,20 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
 from ssl_exit import __version__
 from ssl_exit.encoders.build import EncoderSpec
 from ssl_exit.encoders.graph import as_module
-from ssl_exit.errors import InputError
+from ssl_exit.errors import InputError, shown
 from ssl_exit.files import atomic_folder, remove_abandoned, write_tensors
 from ssl_exit.model import Model
 from ssl_exit.settings import Settings
 
-FORMAT = 9
+FORMAT = 10
 WEIGHTS, EXITS, ABOUT = "encoder.safetensors", "exits.safetensors", "model.json"
 PATH_SETTINGS = 100  # of the threshold path that are saved
+MODEST = 256  # a number in options of an encoder that takes no time and memory to speak of
 LONGEST = 1000  # letters of a message about what stands in a model
 
 
@@ -99,14 +100,14 @@ def _read_model(
         for name in (WEIGHTS, EXITS):
             if not (folder / name).is_file() or _sha256(folder / name) != about["sha256"][name]:
                 raise InputError(f"model {str(folder)!r}: {name} is missing, truncated or changed since it was saved")
-        spec = about["encoder"]["spec"]
-        if not isinstance(spec, (str, type(None))):
-            raise TypeError(f"the name of the encoder is {spec!r:.80}")
-        if network is None:
-            network = _built(folder, spec, about["encoder"]["class"], trust)
-        elif spec is not None and EncoderSpec(spec).foreign and spec != trust:
-            about["encoder"]["spec"] = None  # what was passed is used; a name that nobody trusts is not kept
+        spec = about["encoder"]["spec"] and EncoderSpec(**about["encoder"]["spec"])
+        if spec and (spec.weights or spec.prefix):
+            raise TypeError(f"the encoder is {spec!r:.80}")
         weights = load_file(folder / WEIGHTS)
+        if network is None:
+            network = _built(folder, spec, weights, about["encoder"]["class"], trust)
+        elif spec and spec.foreign and spec.name != trust:
+            about["encoder"]["spec"] = None  # what was passed is used; a name that nobody trusts is not kept
         try:
             network.load_state_dict(weights)
         except RuntimeError as error:
@@ -119,7 +120,9 @@ def _read_model(
     return model
 
 
-def _built(folder: Path, spec: str | None, kind: str, trust: str | None) -> nn.Module:
+def _built(
+    folder: Path, spec: EncoderSpec | None, weights: Mapping[str, Tensor], kind: str, trust: str | None
+) -> nn.Module:
     """The encoder that a model names, with any weights.
 
     Raises:
@@ -130,14 +133,38 @@ def _built(folder: Path, spec: str | None, kind: str, trust: str | None) -> nn.M
             f"model {str(folder)!r} was fitted with a {kind} passed as an object: "
             "load(folder, encoder=that module or callable)"
         )
-    name = EncoderSpec(spec)
-    if name.foreign and spec != trust:
+    name = spec.name
+    if spec.foreign and name != trust:
         raise InputError(
-            f"model {str(folder)!r} asks to import and call {spec!r}, which could run anything. If you know that code, "
-            f"say so: load(folder, trust={spec!r}) or --trust {spec}; or pass the encoder: load(folder, encoder=...)"
+            f"model {str(folder)!r} asks to import and call {name!r}, which could run anything. If you know that code, "
+            f"say so: load(folder, trust={name!r}) or --trust {name}; or pass the encoder: load(folder, encoder=...)"
         )
+    if spec.options and not spec.imported:
+        _check_options(spec, {key: value.shape for key, value in weights.items()})
     with torch.random.fork_rng(devices=[]):  # weights drawn here are replaced
-        return name.build().cpu()
+        return spec.build().cpu()
+
+
+def _check_options(spec: EncoderSpec, shapes: Mapping[str, torch.Size]) -> None:
+    """Refuse options that ask for another network than there are weights for, before it takes time and memory.
+
+    Raises:
+        ValueError: they do.
+    """
+    largest = max(MODEST, len(shapes), *(side for shape in shapes.values() for side in shape))
+    fits = all(_total(value) <= 4 * largest for value in (spec.options or {}).values())
+    if fits:
+        with torch.device("meta"):
+            fits = shapes == {key: value.shape for key, value in spec.build().state_dict().items()}
+    if not fits:
+        raise ValueError(f"the weights are not those of {spec.name} with {shown(spec.options)}")
+
+
+def _total(value: Any) -> float:
+    """Sum of all numbers in an option."""
+    if isinstance(value, Mapping):
+        return _total(list(value.values()))
+    return sum(map(_total, value)) if isinstance(value, list) else abs(value) if isinstance(value, (int, float)) else 0
 
 
 @contextmanager

@@ -4,11 +4,13 @@ import copy
 import json
 import os
 import resource
+import shutil
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from ssl_exit import EncoderSpec, ExitClusterer, Preprocessing, load, storage
 from ssl_exit.encoders.small import digits_encoder
@@ -86,6 +88,40 @@ def test_a_model_that_is_replaced_while_it_is_read_is_read_again(clusterer, mode
         loaded = load(model, encoder=digits_encoder(), device="cpu")
     assert len(seen) == 2
     np.testing.assert_array_equal(loaded.model_.cascade.thresholds, other.model_.cascade.thresholds)
+
+
+def test_a_spec_with_options_builds_its_own_encoder(digits, tmp_path):
+    spec = EncoderSpec(
+        "timm:vit_tiny_patch16_224", options={"img_size": 16, "patch_size": 4, "in_chans": 1, "depth": 3}
+    )
+    images = nn.functional.interpolate(digits[:700], size=16)
+    c = conftest.clusterer(spec, **SETTINGS).fit(images[:600])
+    c.save(tmp_path / "model")
+    again = load(tmp_path / "model")
+    assert (again.run(images[600:]).scores == c.run(images[600:]).scores).all()
+    assert not again.certificate_.void
+    assert again.encoder.options == spec.options
+    assert (again.fit(images[:600]).predict(images[600:]) == c.predict(images[600:])).all()
+    about = json.loads((tmp_path / "model" / "model.json").read_text())
+    about["encoder"]["spec"]["options"]["depth"] = 60_000
+    about["checksum"] = storage._checksum({k: v for k, v in about.items() if k != "checksum"})
+    (tmp_path / "model" / "model.json").write_text(json.dumps(about))
+    with pytest.raises(InputError, match=r"the weights are not those of timm:vit_tiny_patch16_224"):
+        load(tmp_path / "model")
+
+
+def test_a_model_of_transformers_needs_its_folder_no_longer(rgb_digits, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
+    with seeded(0):
+        transformers.ViTModel(transformers.ViTConfig(**sizes)).save_pretrained(tmp_path / "vit")
+    c = conftest.clusterer(EncoderSpec(f"transformers:{tmp_path / 'vit'}", "DEFAULT"), **SETTINGS)
+    c.fit(rgb_digits[:600]).save(tmp_path / "model")
+    shutil.rmtree(tmp_path / "vit")
+    again = load(tmp_path / "model")
+    assert again.exit_names_ == c.exit_names_
+    assert (again.run(rgb_digits[600:]).scores == c.run(rgb_digits[600:]).scores).all()
+    assert (again.fit(rgb_digits[:600]).predict(rgb_digits[600:]) == c.predict(rgb_digits[600:])).all()
 
 
 def test_a_spec_builds_its_own_encoder(digits, tmp_path):

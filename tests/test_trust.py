@@ -45,7 +45,7 @@ def forge(model, change):
 
 
 def named(spec):
-    return lambda about: about["encoder"].update(spec=spec)
+    return lambda about: about["encoder"].update(spec={"name": spec, "options": None})
 
 
 @pytest.mark.parametrize("spec", ["planted:build", "os:abort", "ssl_exit.cli:main", "ssl_exit.storage:load_model"])
@@ -113,7 +113,7 @@ def test_predict_and_evaluate_do_not_import_from_the_current_folder(model, image
         lambda about: about.update(certificate={}),
         lambda about: about.update(skipped={"one": 1}),
         lambda about: about.update(fronts=[{"network": {"channels": 1, "width": 10**6}, "image_shape": [1, 8, 8]}]),
-        lambda about: about["encoder"].update(spec="timm:no_such_model"),
+        lambda about: about["encoder"].update(spec={"name": "timm:no_such_model"}),
         lambda about: about["encoder"].update(spec=["list"]),
     ],
 )

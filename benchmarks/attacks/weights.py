@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 
 from attacks.trial import MARKER, Attack, must, no_code_ran
 from ssl_exit import EncoderSpec, InputError
-from ssl_exit.encoders.build import read_state_dict
 from ssl_exit.encoders.small import digits_encoder
+from ssl_exit.encoders.weights import read_state_dict
 
 
 class Runs:

@@ -10,8 +10,24 @@ from typing import Any
 
 from ssl_exit.data.preprocessing import Preprocessing
 from ssl_exit.encoders.build import EncoderSpec
-from ssl_exit.errors import printable
+from ssl_exit.errors import InputError, printable
 from ssl_exit.files import atomic_file
+
+
+def encoder_spec(
+    name: str, weights: str | None, options: dict[str, Any] | None = None, prefix: str | None = None
+) -> EncoderSpec:
+    """The encoder that a command was given.
+
+    Raises:
+        InputError: one without weights.
+    """
+    if weights is None and name.startswith("transformers:"):
+        weights = "DEFAULT"
+    spec = EncoderSpec(name, weights, options, prefix)
+    if weights is None and not spec.imported:
+        raise InputError(f"encoder {name!r} needs --weights: a weights file, or DEFAULT to download")
+    return spec
 
 
 def preprocessing_for(spec: EncoderSpec, **options: Any) -> Preprocessing:

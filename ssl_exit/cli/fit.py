@@ -1,8 +1,8 @@
 """ssl-exit fit"""
 
 from pathlib import Path
+from typing import Any
 
-from ssl_exit.errors import InputError
 from ssl_exit.settings import Settings
 
 
@@ -12,6 +12,8 @@ def fit(
     out: str,
     settings: Settings,
     weights: str | None = None,
+    weights_prefix: str | None = None,
+    encoder_options: dict[str, Any] | None = None,
     size: int | None = None,
     crop: float | None = None,
     mean: list[float] | None = None,
@@ -20,29 +22,28 @@ def fit(
     """Fit clusters, exits and thresholds to a folder of unlabelled images, and save the model.
 
     Args:
-        encoder: a torchvision architecture, timm:NAME, resnet20_cifar, resnet56_cifar, or
-            module:function (in the current folder or on the Python path).
+        encoder: a torchvision architecture, timm:NAME, transformers:FOLDER (or a name on the hub), resnet20_cifar,
+            resnet56_cifar, or module:function (in the current folder or on the Python path).
         data: folder of images, searched recursively; labels are used in the supervised mode only, where sub-folders
             are classes.
         out: folder for the model.
         settings: all parameters.
-        weights: weights file (.safetensors, .pt, .pth, .ckpt), or DEFAULT to download.
+        weights: weights file (.safetensors, .pt, .pth, .ckpt), or DEFAULT to download; transformers: has its own.
+        weights_prefix: of the encoder's keys in the weights file, such as teacher.backbone.; found if not set.
+        encoder_options: arguments of the architecture, such as --encoder-options.img_size 224.
         size: height and width in pixels of what the encoder sees; like crop, mean and std, if not set, that of the
             training where the weights name it (those that `train` wrote, and DEFAULT), else 224 (1, ImageNet's).
         crop: share of the shorter side kept by the centre crop.
         mean: per channel, of pixels in [0, 1]; one entry for grey images.
         std: per channel, of pixels in [0, 1].
     """
-    from ssl_exit.cli.common import list_skipped, preprocessing_for
+    from ssl_exit.cli.common import encoder_spec, list_skipped, preprocessing_for
     from ssl_exit.clusterer import ExitClusterer
     from ssl_exit.data.image_files import FolderImages
-    from ssl_exit.encoders.build import EncoderSpec
     from ssl_exit.report.tables import fit_summary
     from ssl_exit.storage import check_model_folder
 
-    spec = EncoderSpec(encoder, weights)
-    if weights is None and not spec.imported:
-        raise InputError(f"encoder {encoder!r} needs --weights: a weights file, or DEFAULT to download")
+    spec = encoder_spec(encoder, weights, encoder_options, weights_prefix)
     check_model_folder(Path(out))  # before hours of work, not after
     preprocessing = preprocessing_for(spec, size=size, mean=mean, std=std, crop=crop)
     c = ExitClusterer(spec, **settings.parameters(), preprocessing=preprocessing)

@@ -113,7 +113,7 @@ class ExitClusterer(ClusterMixin, Fitted):
         spec = self.encoder if isinstance(self.encoder, EncoderSpec) else None
         with torch.random.fork_rng(devices=[]):
             network = spec.build() if spec else as_module(self.encoder)  # type: ignore[arg-type]
-        model = fit(network, source, settings, self.preprocessing, classes, spec.name if spec else None)
+        model = fit(network, source, settings, self.preprocessing, classes, spec.recipe() if spec else None)
         self._hold(model)
         self.__dict__.pop("labels_", None)  # of other images
         n_held = round(settings.calibration.holdout * len(source))
@@ -335,7 +335,7 @@ def load(
         "runtime": {} if compile is None else {"compile": compile},
     }
     model = load_model(folder, encoder, device, front, trust, **changes)
-    network = EncoderSpec(model.spec, str(Path(folder) / WEIGHTS)) if model.spec else model.encoder
+    network = replace(model.spec, weights=str(Path(folder) / WEIGHTS)) if model.spec else model.encoder
     parameters = model.settings.parameters() | {"front": replace(model.settings.front, network=front)}
     c = ExitClusterer(network, **parameters, preprocessing=model.preprocessing)
     c._hold(model)

@@ -10,6 +10,7 @@ import copy
 import inspect
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -124,13 +125,23 @@ def as_module(encoder: nn.Module | Sequence[nn.Module] | Callable[[Tensor], Any]
 
 
 def _unwrapped(module: nn.Module) -> nn.Module:
-    """The module inside torch.compile's, DataParallel's and DistributedDataParallel's."""
+    """The module inside torch.compile's, DataParallel's and DistributedDataParallel's; the backbone of a
+    LightningModule."""
     while True:
         if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             module = module.module
         elif "_orig_mod" in module._modules:  # torch.compile's OptimizedModule, whose class is private
             module = module.get_submodule("_orig_mod")
+        elif not any(kind.__name__ == "LightningModule" for kind in type(module).__mro__):
+            return module
+        elif isinstance(getattr(module, "backbone", None), nn.Module):
+            module = module.get_submodule("backbone")
         else:
+            warnings.warn(
+                f"{type(module).__name__} has no `backbone` and is taken as the encoder, with any projection head; pass "
+                "the part of it that gives the features",
+                stacklevel=4,
+            )
             return module
 
 

@@ -6,13 +6,26 @@ features are that output.
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from ssl_exit.data.preprocessing import Preprocessing
 from ssl_exit.encoders.chain import Chain
 from ssl_exit.errors import InputError
+
+OTHER_ENTRIES = {  # of configurations, that say nothing of the architecture or choose code
+    "architectures",
+    "attn_implementation",
+    "auto_map",
+    "dtype",
+    "experts_implementation",
+    "id2label",
+    "label2id",
+    "torch_dtype",
+    "transformers_version",
+}
 
 
 class Part(nn.Module):
@@ -141,3 +154,89 @@ def chained(model: nn.Module) -> nn.Module:
     for i, layer in enumerate(layers.children()):
         named[f"{family.layers}.{i}"] = Layer(layer) if rope is None else RotaryLayer(layer, rope, model.config)
     return Chain(named | {"pooled": Part(family.behind, model, behind)})
+
+
+def from_pretrained(source: str, options: Mapping[str, Any], download: bool) -> nn.Module:
+    """The vision model in a folder that save_pretrained wrote, or of a name on the hub; with random weights unless
+    `download`.
+
+    Raises:
+        InputError: its class is none of `FAMILIES`.
+    """
+    kind, config = _configured(source, options)
+    return _class(kind).from_pretrained(source, config=config) if download else _class(kind)(config)
+
+
+def from_config(kind: str, options: Mapping[str, Any]) -> nn.Module:
+    """A model of a class with random weights, by the entries of its configuration.
+
+    Raises:
+        InputError: an entry that is not of the architecture.
+    """
+    model = _class(kind)
+    known = set(model.config_class().to_dict()) - OTHER_ENTRIES
+    if unknown := sorted(key for key in options if key not in known or key.startswith("_")):
+        raise InputError(f"{kind} has no options {unknown}")
+    return model(model.config_class(**options))
+
+
+def converted(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """A state dict with the names of a weights file of transformers as one with the model's own.
+
+    Raises:
+        ValueError: keys are missing in it.
+    """
+    how = {"config": model.config, "state_dict": state, "output_loading_info": True}
+    filled, about = type(model).from_pretrained(None, **how)  # type: ignore[attr-defined]
+    if missing := about["missing_keys"]:
+        raise ValueError(f"missing keys {missing}")
+    return filled.state_dict()
+
+
+def recipe_of(source: str, options: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Name and options of the `EncoderSpec` that needs neither folder nor hub."""
+    if source in FAMILIES:
+        return f"transformers:{source}", dict(options)
+    kind, config = _configured(source, options)
+    default = type(config)().to_dict()
+    known = {key for key in default if not key.startswith("_")} - OTHER_ENTRIES
+    return f"transformers:{kind}", {k: v for k, v in config.to_dict().items() if k in known and v != default[k]}
+
+
+def preprocessing_of(source: str) -> Preprocessing | None:
+    """What the folder's or the hub's preprocessor_config.json says of images, if there is one."""
+    from transformers.image_processing_base import ImageProcessingMixin
+
+    try:
+        how, _ = ImageProcessingMixin.get_image_processor_dict(source)
+    except OSError:
+        return None
+    sides, crop = how.get("size") or {}, how.get("crop_size") or {}
+    if isinstance(sides, int):
+        sides = {"shortest_edge": sides}
+    short = sides.get("shortest_edge") or sides.get("height") or 224
+    size = crop.get("height", short) if isinstance(crop, dict) and how.get("do_center_crop") else short
+    mean, std = (tuple(how.get(f"image_{name}") or ()) for name in ("mean", "std"))
+    return Preprocessing(size, mean or (0.0,) * 3, std or (1.0,) * 3, min(1.0, size / short))
+
+
+def _configured(source: str, options: Mapping[str, Any]) -> tuple[str, Any]:
+    """Name of the class, and configuration, of the vision part of a model."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    config = getattr(config, "vision_config", config)
+    for kind in FAMILIES:
+        if type(config) is _class(kind).config_class:
+            config.update(dict(options))
+            return kind, config
+    raise InputError(
+        f"transformers:{source} is a {type(config).__name__}, which is not cut into stages; supported: "
+        f"{', '.join(FAMILIES)}; any other model can be passed in Python, behind a front"
+    )
+
+
+def _class(kind: str) -> Any:
+    import transformers
+
+    return getattr(transformers, kind)

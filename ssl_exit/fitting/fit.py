@@ -15,6 +15,7 @@ from ssl_exit.data.hashes import SeenImages, noted
 from ssl_exit.data.images import ImageSource, mirrored
 from ssl_exit.data.preprocessing import Preprocessing
 from ssl_exit.data.reading import first_images
+from ssl_exit.encoders.build import EncoderSpec
 from ssl_exit.encoders.front import FrontDescriptor
 from ssl_exit.encoders.inference import usable_device
 from ssl_exit.encoders.opaque import features_of
@@ -43,7 +44,7 @@ def fit(
     settings: Settings,
     preprocessing: Preprocessing | None = None,
     classes: np.ndarray | None = None,
-    spec: str | None = None,
+    spec: EncoderSpec | None = None,
 ) -> Model:
     """Find final clusters, fit an exit rule at every exit point, and calibrate on images held out by seed.
 
@@ -53,7 +54,7 @@ def fit(
         settings: all parameters.
         preprocessing: of the images; saved with the model.
         classes: in the supervised mode, the class of every image, (N,) int64, or None.
-        spec: name of the `EncoderSpec` that built the encoder, if one did.
+        spec: architecture of the encoder, if an `EncoderSpec` built it.
 
     Raises:
         InputError: settings, images or an encoder that cannot be used.

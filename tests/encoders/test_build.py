@@ -1,7 +1,12 @@
 """Encoders by name and weights files."""
 
+import argparse
+import json
+import re
 import zipfile
+from pathlib import Path
 
+import omegaconf
 import pytest
 import pytorch_lightning as pl
 import torch
@@ -190,8 +195,113 @@ def test_a_checkpoint_that_lightning_wrote(tmp_path):
 
 def test_an_encoder_that_is_there_twice_under_unknown_names(tmp_path):
     torch.save(nested(first=resnet20_cifar(), second=resnet20_cifar()), tmp_path / "w.pt")
-    with pytest.raises(InputError, match=r"under 'first\.' and under 'second\.': keep the one you want"):
+    with pytest.raises(InputError, match=r"under 'first\.' and under 'second\.': name the one you want"):
         EncoderSpec("resnet20_cifar", str(tmp_path / "w.pt")).build()
+    second = EncoderSpec("resnet20_cifar", str(tmp_path / "w.pt"), prefix="second.").build()
+    with pytest.raises(
+        InputError, match=r"no keys under 'third\.'; of the encoder's 114 keys .*'first\.' 114, 'second\.'"
+    ):
+        EncoderSpec("resnet20_cifar", str(tmp_path / "w.pt"), prefix="third.").build()
+    assert len(second.state_dict()) == 114
+
+
+def test_a_checkpoint_of_dino_and_of_mae(tmp_path):
+    """Student and teacher side by side, the student's wrapped once more; the teacher is what DINO evaluates."""
+    torch.manual_seed(2)
+    student, teacher = resnet20_cifar(), resnet20_cifar()
+    wrapped = {f"module.{key}": value for key, value in nested(backbone=student, head=nn.Linear(2, 2)).items()}
+    arguments = argparse.Namespace(arch="vit_small", patch_size=8)
+    states = {"student": wrapped, "teacher": nested(backbone=teacher, head=nn.Linear(2, 2))}
+    torch.save({**states, "epoch": 3, "args": arguments}, tmp_path / "dino.pth")
+    assert same(EncoderSpec("resnet20_cifar", str(tmp_path / "dino.pth")).build(), teacher)
+    spec = EncoderSpec("resnet20_cifar", str(tmp_path / "dino.pth"), prefix="student.module.backbone.")
+    assert same(spec.build(), student)
+    torch.save({"model": student.state_dict(), "args": arguments}, tmp_path / "mae.pth")
+    assert same(EncoderSpec("resnet20_cifar", str(tmp_path / "mae.pth")).build(), student)
+
+
+def test_hyper_parameters_that_are_only_data_are_read_past(tmp_path):
+    encoder = resnet20_cifar()
+    config = omegaconf.OmegaConf.create({"lr": 0.1, "layers": [1, 2], "name": "x", "on": True, "none": None})
+    given = {"cfg": config, "extra": argparse.Namespace(x=1), "out": Path("runs"), "type": type(config)}
+    torch.save({"state_dict": nested(backbone=encoder), "hyper_parameters": given}, tmp_path / "w.ckpt")
+    known = torch.serialization.get_safe_globals()
+    assert same(EncoderSpec("resnet20_cifar", str(tmp_path / "w.ckpt")).build(), encoder)
+    assert torch.serialization.get_safe_globals() == known
+
+
+def test_options_of_timm():
+    spec = EncoderSpec("timm:vit_tiny_patch16_224", options={"img_size": 32, "in_chans": 1})
+    with torch.no_grad():
+        assert spec.build()(torch.zeros(2, 1, 32, 32)).shape == (2, 192)
+    assert EncoderSpec(spec.name, "DEFAULT", spec.options).preprocessing().size == 32
+
+
+def test_weights_of_timm_at_another_resolution_are_resampled(tmp_path):
+    name = "timm:vit_tiny_patch16_224"
+    torch.save(EncoderSpec(name, options={"img_size": 48}).build().state_dict(), tmp_path / "w.pt")
+    encoder = EncoderSpec(name, str(tmp_path / "w.pt"), {"img_size": 32}).build()
+    assert encoder.pos_embed.shape == (1, 5, 192)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("resnet20_cifar", {"width": 3}, "takes no options; got ['width']"),
+        ("resnet18", {"width": 3}, "does not take the options {'width': 3}"),
+        ("timm:vit_tiny_patch16_224", {"nothing": 3}, "does not take the options {'nothing': 3}"),
+        ("timm:resnet18", {"checkpoint_path": "w.pt"}, "cannot be given the options ['checkpoint_path']"),
+        ("resnet18", {"num_classes": 3}, "cannot be given the options ['num_classes']"),
+        ("resnet18", {"groups": 10**9}, "numbers up to 65536"),
+        ("resnet18", {"norm_layer": nn.BatchNorm2d}, "are strings, booleans, numbers"),
+        ("transformers:ViTModel", {"_name_or_path": "x"}, "has no options ['_name_or_path']"),
+        ("transformers:ViTModel", {"attn_implementation": "hub/kernel"}, "has no options ['attn_implementation']"),
+    ],
+)
+def test_options_that_mean_nothing_are_refused(name, options, message):
+    with pytest.raises(InputError, match=re.escape(message)):
+        EncoderSpec(name, options=options).build()
+
+
+def test_a_function_of_ones_own_with_options():
+    assert EncoderSpec("tests.encoders.test_build:needs_arguments", options={"width": 3}).build().in_features == 3
+
+
+@pytest.fixture
+def transformers_folder(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 16, "patch_size": 4}
+    torch.manual_seed(0)
+    model = transformers.Dinov2Model(transformers.Dinov2Config(**sizes)).eval()
+    model.save_pretrained(tmp_path / "dinov2")
+    how = {"size": {"shortest_edge": 20}, "crop_size": {"height": 16, "width": 16}, "do_center_crop": True}
+    how |= {"image_mean": [0.5] * 3, "image_std": [0.25] * 3, "image_processor_type": "BitImageProcessor"}
+    (tmp_path / "dinov2" / "preprocessor_config.json").write_text(json.dumps(how))
+    return tmp_path / "dinov2", model
+
+
+def test_a_folder_of_transformers(transformers_folder, tmp_path):
+    folder, model = transformers_folder
+    images = torch.randn(3, 3, 16, 16)
+    spec = EncoderSpec(f"transformers:{folder}", "DEFAULT")
+    with torch.no_grad():
+        expected = model(images).pooler_output
+        torch.testing.assert_close(spec.build()(images), expected)
+        random = EncoderSpec(f"transformers:{folder}").build()
+        assert not torch.allclose(random(images), expected)
+        weights = EncoderSpec(f"transformers:{folder}", str(folder / "model.safetensors")).build()
+        torch.testing.assert_close(weights(images), expected)
+    assert spec.preprocessing() == Preprocessing(16, (0.5,) * 3, (0.25,) * 3, 0.8)
+    recipe = spec.recipe()
+    assert recipe.name == "transformers:Dinov2Model"
+    assert recipe.options["num_hidden_layers"] == 2
+    assert [v.shape for v in recipe.build().state_dict().values()] == [v.shape for v in random.state_dict().values()]
+
+
+def test_a_folder_that_is_no_model_of_transformers(tmp_path):
+    pytest.importorskip("transformers")
+    with pytest.raises(InputError, match="cannot be had"):
+        EncoderSpec(f"transformers:{tmp_path}", "DEFAULT").build()
 
 
 def test_checkpoints_of_this_library(tmp_path):

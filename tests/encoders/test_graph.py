@@ -1,16 +1,19 @@
 """Exit points: legal ones are found, others refused with advice."""
 
 import pytest
+import pytorch_lightning as pl
 import timm
 import torch
 import torchvision
 from torch import nn
 
 from ssl_exit import list_exits
+from ssl_exit.encoders import graph
 from ssl_exit.encoders.graph import as_module, trace
 from ssl_exit.encoders.small import digits_encoder, resnet20_cifar
 from ssl_exit.encoders.stages import split
 from ssl_exit.errors import InputError
+from tests.conftest import untrained
 
 IMAGES = torch.zeros(1, 3, 32, 32)
 
@@ -169,3 +172,22 @@ def test_wrappers_are_taken_off_and_scripted_modules_refused(digits):
     with pytest.raises(InputError, match="pass the one it was made from"):
         list_exits(scripted, digits[:1])
     assert torch.equal(split(scripted, [], digits[:1])(digits[:3]), encoder(digits[:3]))  # behind a front
+
+
+def test_the_backbone_of_a_lightning_module_is_the_encoder(rgb_digits):
+    class SimCLR(pl.LightningModule):
+        def __init__(self, **modules):
+            super().__init__()
+            for name, module in modules.items():
+                self.add_module(name, module)
+
+        def forward(self, images):
+            return self.head(getattr(self, "backbone", None) or self.network)(images)
+
+    backbone = untrained("resnet20", rgb_digits)
+    expected = list_exits(backbone, rgb_digits[:1])
+    assert list_exits(SimCLR(backbone=backbone, head=nn.Linear(64, 8)), rgb_digits[:1]) == expected
+    whole = SimCLR(network=backbone)
+    whole.forward = backbone.forward
+    with pytest.warns(UserWarning, match="SimCLR has no `backbone` and is taken as the encoder"):
+        graph.as_module(whole)
