@@ -26,7 +26,7 @@ from sklearn.cluster import KMeans
 
 from ssl_exit.encoders.tapped import TappedEncoder
 from ssl_exit.exits.kmeans import kmeans
-from ssl_exit.fitting.sample import clustered_images
+from ssl_exit.fitting.sample import Clustering
 from ssl_exit.report.tables import text_table
 
 HOW = PREPROCESSING["simclr"]
@@ -62,7 +62,7 @@ def main() -> None:
             fit, _ = seconds_of(lambda c=c: c.fit(pixels))
             rows.setdefault(f"fit / bare pass, K = {k}", []).append(fit / bare)
             points = F.normalize(found, dim=1).numpy()
-            sample = points[: clustered_images(k)]
+            sample = points[: Clustering(k).wanted]
             for run in range(5 * repeat, 5 * repeat + 5):
                 ours, centroids = seconds_of(lambda s=sample, k=k, r=run: kmeans(s, k, seed=r))
                 inertia = float(faiss.knn(points, centroids, 1)[0].sum())

@@ -20,6 +20,7 @@ from ssl_exit.data.images import Batch
 from ssl_exit.data.preprocessing import Preprocessing
 from ssl_exit.encoders.build import EncoderSpec
 from ssl_exit.encoders.front import FrontDescriptor, FrontNetwork
+from ssl_exit.encoders.head import Head
 from ssl_exit.encoders.inference import usable_device
 from ssl_exit.encoders.tapped import TappedEncoder
 from ssl_exit.errors import InputError, shown
@@ -29,7 +30,7 @@ from ssl_exit.exits.final import Final, FinalClasses, FinalClusters
 from ssl_exit.exits.front import FrontRule
 from ssl_exit.exits.registry import build_rules
 from ssl_exit.exits.rules import RULES, ExitRule
-from ssl_exit.provenance import ExitChoice, Provenance, Teaching
+from ssl_exit.provenance import ClusterCount, ExitChoice, Provenance, Teaching
 from ssl_exit.settings import Settings
 from ssl_exit.settings.groups import from_json
 
@@ -143,6 +144,7 @@ class Model:
             "encoder": {
                 "spec": spec and {"name": spec.name, "options": spec.options},
                 "class": type(self.encoder).__name__,
+                "head": any(isinstance(part, Head) for part in self.encoder.modules()),
                 "hash": self.cut_hash,
             },
             "settings": self.settings.to_dict(),
@@ -155,6 +157,8 @@ class Model:
             "macs": cascade.tapped.staged.macs,
             "fronts": [front.config for front in self.fronts],
             "teaching": [asdict(one) for one in used.teaching],
+            "counts": [asdict(one) for one in used.counts],
+            "inertia": None if np.isnan(used.inertia) else used.inertia,
             "certificate": self.certificate.to_dict(),
             "choices": [asdict(choice) for choice in used.choices],
             "skipped": {str(k): v for k, v in used.skipped.items()},
@@ -191,14 +195,14 @@ class Model:
         )
         kinds, macs = about["descriptors"], about["macs"]
         tapped = _cut(encoder, fronts, settings, image, about["exits"], kinds, about["accumulate"], macs)
-        own = [FrontRule(dim, settings.n_clusters) for dim in tapped.seen[: len(fronts)]]
+        own = [FrontRule(dim, settings.k) for dim in tapped.seen[: len(fronts)]]
         rules = [
             *own,
-            *build_rules(settings.rule.name, tapped.seen[len(own) :], settings.n_clusters, settings.rule.options),
+            *build_rules(settings.rule.name, tapped.seen[len(own) :], settings.k, settings.rule.options),
         ]
         for i, rule in enumerate(rules):
             rule.load_state_dict(_under(tensors, f"rules.{i}."))
-        final: Final = FinalClasses(settings.n_clusters)
+        final: Final = FinalClasses(settings.k)
         if not settings.clusters.supervised:
             centroids = tensors["final.centroids"].clone()
             if centroids.shape[1] != tapped.output.dim:
@@ -220,6 +224,8 @@ class Model:
             about["n_sample"],
             tuple(from_json(ExitChoice, choice) for choice in about["choices"]),
             tuple(from_json(Teaching, one) for one in about["teaching"]),
+            tuple(from_json(ClusterCount, one) for one in about["counts"]),
+            float("nan") if about["inertia"] is None else float(about["inertia"]),
         )
         return cls(
             encoder=encoder,
@@ -290,12 +296,12 @@ def _check_shapes(tensors: Mapping[str, Tensor], n_exits: int, settings: Setting
     Raises:
         ValueError: a shape or a type is another.
     """
-    cells = (n_exits, settings.n_clusters)
+    cells = (n_exits, settings.k)
     n = len(tensors["path"])
     expected = {"thresholds": cells, "path": (n, *cells), "path_disagreement": (n,)}
     types = {"fit_images": torch.int64}
     if not settings.clusters.supervised:
-        expected["final.centroids"] = (settings.n_clusters, *tensors["final.centroids"].shape[1:2])
+        expected["final.centroids"] = (settings.k, *tensors["final.centroids"].shape[1:2])
         types["final.centroids"] = torch.float32
     for name, shape in expected.items():
         if tensors[name].shape != shape:

@@ -35,6 +35,26 @@ class ExitChoice:
 
 
 @dataclass(frozen=True)
+class ClusterCount:
+    """How well a number of clusters suits the features.
+
+    Attributes:
+        n_clusters: K.
+        silhouette: of k-means, in [-1, 1].
+        stability: adjusted Rand index between k-means of two halves of the images, at most 1.
+    """
+
+    n_clusters: int
+    silhouette: float
+    stability: float
+
+    @property
+    def merit(self) -> float:
+        """Silhouette x stability."""
+        return self.silhouette * self.stability
+
+
+@dataclass(frozen=True)
 class Teaching:
     """How a front was taught.
 
@@ -68,6 +88,9 @@ class Provenance:
         n_sample: of those, images that k-means saw.
         choices: why each candidate exit was kept or left out; empty where none was judged.
         teaching: of each front.
+        counts: with n_clusters="auto", numbers of clusters that were tried.
+        inertia: sum of squared distances of the images that k-means saw to their nearest final centroid; NaN where it
+            saw none.
         shaped: content hashes of the images that shaped the thresholds, uint64; not saved.
         calibration_skipped: position and reason of images that calibration did not use; not saved.
     """
@@ -78,5 +101,7 @@ class Provenance:
     n_sample: int
     choices: tuple[ExitChoice, ...] = ()
     teaching: tuple[Teaching, ...] = ()
+    counts: tuple[ClusterCount, ...] = ()
+    inertia: float = float("nan")
     shaped: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint64))
     calibration_skipped: dict[int, str] = field(default_factory=dict)

@@ -9,7 +9,7 @@ import copy
 import hashlib
 import json
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from ssl_exit import __version__
 from ssl_exit.encoders.build import EncoderSpec
 from ssl_exit.encoders.graph import as_module
+from ssl_exit.encoders.head import with_head
 from ssl_exit.errors import InputError, shown
 from ssl_exit.files import atomic_folder, remove_abandoned, write_tensors
 from ssl_exit.model import Model
@@ -63,6 +64,7 @@ def load_model(
     encoder: nn.Module | Sequence[nn.Module] | None = None,
     device: str = "auto",
     front: nn.Module | None = None,
+    head: Callable[[Any], Any] | None = None,
     trust: str | None = None,
     **changes: Mapping[str, Any],
 ) -> Model:
@@ -75,11 +77,11 @@ def load_model(
     remove_abandoned(folder)
     before = _identity(folder)
     try:
-        return _read_model(folder, encoder, device, front, trust, changes)
+        return _read_model(folder, encoder, device, front, head, trust, changes)
     except InputError:
         if _identity(folder) == before:
             raise
-        return _read_model(folder, encoder, device, front, trust, changes)  # another process has saved meanwhile
+        return _read_model(folder, encoder, device, front, head, trust, changes)  # another process has saved meanwhile
 
 
 def _identity(folder: Path) -> int | None:
@@ -91,6 +93,7 @@ def _read_model(
     encoder: nn.Module | Sequence[nn.Module] | None,
     device: str,
     front: nn.Module | None,
+    head: Callable[[Any], Any] | None,
     trust: str | None,
     changes: Mapping[str, Mapping[str, Any]],
 ) -> Model:
@@ -108,11 +111,18 @@ def _read_model(
             network = _built(folder, spec, weights, about["encoder"]["class"], trust)
         elif spec and spec.foreign and spec.name != trust:
             about["encoder"]["spec"] = None  # what was passed is used; a name that nobody trusts is not kept
+        settings = replace(Settings.from_dict(about["settings"]), device=str(device)).nested(**changes)
+        if (head is not None) != about["encoder"]["head"]:
+            raise InputError(
+                f"model {str(folder)!r} was fitted {'with' if head is None else 'without'} a head: "
+                + ("load(folder, head=that module or callable)" if head is None else "leave head out")
+            )
+        if head is not None:
+            network = with_head(network, copy.deepcopy(head) if isinstance(head, nn.Module) else head, settings.k)
         try:
             network.load_state_dict(weights)
         except RuntimeError as error:
             raise InputError(f"the encoder does not fit model {str(folder)!r}: {error}") from error
-        settings = replace(Settings.from_dict(about["settings"]), device=str(device)).nested(**changes)
         model = Model.from_state(network, about, load_file(folder / EXITS), settings, front)
         certificate = model.check()
     if certificate.void:
@@ -140,7 +150,9 @@ def _built(
             f"say so: load(folder, trust={name!r}) or --trust {name}; or pass the encoder: load(folder, encoder=...)"
         )
     if spec.options and not spec.imported:
-        _check_options(spec, {key: value.shape for key, value in weights.items()})
+        shapes = {key: value.shape for key, value in weights.items()}
+        under = {key.removeprefix("encoder."): shape for key, shape in shapes.items()}  # where a head stands on it
+        _check_options(spec, under | shapes)
     with torch.random.fork_rng(devices=[]):  # weights drawn here are replaced
         return spec.build().cpu()
 
@@ -155,7 +167,7 @@ def _check_options(spec: EncoderSpec, shapes: Mapping[str, torch.Size]) -> None:
     fits = all(_total(value) <= 4 * largest for value in (spec.options or {}).values())
     if fits:
         with torch.device("meta"):
-            fits = shapes == {key: value.shape for key, value in spec.build().state_dict().items()}
+            fits = all(shapes.get(key) == value.shape for key, value in spec.build().state_dict().items())
     if not fits:
         raise ValueError(f"the weights are not those of {spec.name} with {shown(spec.options)}")
 

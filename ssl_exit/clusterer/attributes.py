@@ -12,7 +12,7 @@ from ssl_exit.encoders.graph import ExitPoint
 from ssl_exit.exits.certificate import Certificate
 from ssl_exit.exits.final import FinalClusters
 from ssl_exit.model import Model
-from ssl_exit.provenance import ExitChoice
+from ssl_exit.provenance import ClusterCount, ExitChoice
 
 
 class Fitted(Parameters):
@@ -56,6 +56,16 @@ class Fitted(Parameters):
     def exit_names_(self) -> list[str]:
         """Names for the numbers in ExitResult.exits: the exit points, and "end"."""
         return self._fitted().cascade.exit_names
+
+    @property
+    def cluster_counts_(self) -> list[ClusterCount]:
+        """With n_clusters="auto", silhouette and stability of every number of clusters that was tried."""
+        return list(self._fitted().provenance.counts)
+
+    @property
+    def inertia_(self) -> float:
+        """Sum of squared distances of the images that k-means saw to their nearest final centroid."""
+        return self._fitted().provenance.inertia
 
     @property
     def cluster_centers_(self) -> np.ndarray:

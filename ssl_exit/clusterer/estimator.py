@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 from sklearn.base import ClusterMixin
-from torch import nn
 
 from ssl_exit.cascade.cascade import describe
 from ssl_exit.cascade.result import ExitResult
@@ -20,6 +19,7 @@ from ssl_exit.encoders.build import EncoderSpec
 from ssl_exit.encoders.graph import as_module
 from ssl_exit.errors import InputError
 from ssl_exit.exits.audit import DriftAudit
+from ssl_exit.exits.final import FinalClusters
 from ssl_exit.exits.thresholds import Recorded, trade_off
 from ssl_exit.fitting.calibrate import refuse_fitted, warn_of_nothing
 from ssl_exit.fitting.fit import fit, recalibrate
@@ -28,7 +28,7 @@ from ssl_exit.measure.evaluation import Evaluation, evaluate
 from ssl_exit.measure.explanation import Explanation, explain
 from ssl_exit.model import Model
 from ssl_exit.settings import Calibration, Runtime
-from ssl_exit.storage import WEIGHTS, load_model, save_model
+from ssl_exit.storage import save_model
 
 PART = 64  # batches whose results stream() returns at a time
 
@@ -43,8 +43,10 @@ class ExitClusterer(ClusterMixin, Fitted):
         encoder: images to features: a module (it is copied, never changed); a list of modules that are its
             stages, for networks torch.fx cannot trace; an EncoderSpec, which load() can build again; or, with a
             front, any callable from images to features, such as an ONNX session or a client of a service.
-        n_clusters: K, the number of final clusters (default 10); or the final clusters themselves: centroids, (K, F),
-            or a fitted k-means of scikit-learn or FAISS. A label is then the row of the nearest centroid.
+        n_clusters: K, the number of final clusters (default 10); "auto", the number of largest silhouette x stability
+            on a sample (`cluster_counts_`); or the final clusters themselves: centroids, (K, F), a fitted k-means of
+            scikit-learn or FAISS, or a head: a module, callable or fitted classifier from final features, (N, F), to
+            logits, (N, K). A label is then the row of the nearest centroid, or the largest logit.
         exits: names of exit points, "auto" (default), or `Exits`: points, descriptor, accumulate, normalize, patience,
             ensemble.
         rule: name of an exit rule (default "centroid"; docs/rules.md), or `Rule`: name, options, mirror.
@@ -65,6 +67,8 @@ class ExitClusterer(ClusterMixin, Fitted):
         labels_: final clusters of the images of `fit_predict`.
         exit_points_, exit_names_: list of ExitPoint, and names for the numbers in `ExitResult.exits`.
         cluster_centers_: final centroids, (K, F) float32.
+        cluster_counts_: with n_clusters="auto", silhouette and stability of every number that was tried.
+        inertia_: sum of squared distances of the images that k-means saw to their nearest final centroid.
         certificate_: what calibration showed; `void` once thresholds, rules, preprocessing or weights are others.
         exit_choices_: with exits="auto", why each candidate was kept or left out.
         skipped_: position and reason of images that fit() could not use.
@@ -96,12 +100,15 @@ class ExitClusterer(ClusterMixin, Fitted):
         (600,)
     """
 
-    def fit(self, data: ImageData, y: np.ndarray | None = None) -> "ExitClusterer":
+    def fit(
+        self, data: ImageData, y: np.ndarray | None = None, sample_weight: np.ndarray | None = None
+    ) -> "ExitClusterer":
         """Find final clusters, fit an exit rule at every exit point, and calibrate on images held out by seed.
 
         Args:
             data: images (see `open_images`); never labels.
             y: classes, (N,) int, in the supervised mode; ignored otherwise, as scikit-learn has it.
+            sample_weight: of every image in k-means, (N,), >= 0; None: all alike. Exit rules count every image once.
 
         Raises:
             InputError: parameters, images or an encoder that cannot be used; nothing fitted before is lost.
@@ -109,11 +116,12 @@ class ExitClusterer(ClusterMixin, Fitted):
         settings = self.settings()
         source = self._open(data)
         learnt = y is not None and settings.clusters.supervised
-        classes = _checked_classes(y, len(source), settings.n_clusters) if learnt else None
+        classes = _checked_classes(y, len(source), settings.k) if learnt else None
+        weights = None if sample_weight is None else _checked_weights(sample_weight, len(source))
         spec = self.encoder if isinstance(self.encoder, EncoderSpec) else None
         with torch.random.fork_rng(devices=[]):
             network = spec.build() if spec else as_module(self.encoder)  # type: ignore[arg-type]
-        model = fit(network, source, settings, self.preprocessing, classes, spec.recipe() if spec else None)
+        model = fit(network, source, settings, self.preprocessing, classes, spec.recipe() if spec else None, weights)
         self._hold(model)
         self.__dict__.pop("labels_", None)  # of other images
         n_held = round(settings.calibration.holdout * len(source))
@@ -248,12 +256,19 @@ class ExitClusterer(ClusterMixin, Fitted):
         return features
 
     def transform(self, data: ImageData) -> np.ndarray:
-        """Distances of final features to the final centroids, (N, K), by direction where clusters are spherical."""
-        centers = torch.from_numpy(self.cluster_centers_)
-        features = torch.from_numpy(self.embed(data))
-        if self.model_.settings.clusters.spherical:
-            features = nn.functional.normalize(features, dim=1)
-        return torch.cdist(features, centers).numpy()
+        """Distances of final features to the final centroids, (N, K), by direction where clusters are spherical.
+
+        Raises:
+            AttributeError: in the supervised mode, where there are no centroids.
+        """
+        return self._squared_distances(data).clamp(min=0).sqrt().numpy()
+
+    def score(self, data: ImageData, y: np.ndarray | None = None) -> float:
+        """Minus the sum of squared distances of final features (full pass) to the centroid of the label that early exit
+        gives, as KMeans.score; unusable images are left out."""
+        labels, squares = torch.from_numpy(self.predict(data)), self._squared_distances(data)
+        usable = labels >= 0
+        return -float(squares[usable].gather(1, labels[usable, None]).double().sum())
 
     def save(self, folder: str | Path) -> None:
         """Write the model into a new folder, or over a model that is there; `load` reads it.
@@ -267,6 +282,11 @@ class ExitClusterer(ClusterMixin, Fitted):
             calibration={"audit": how.audit, "false_alarm": how.false_alarm},
         )
         save_model(Path(folder), replace(model, settings=settings, preprocessing=self.preprocessing))
+
+    def _squared_distances(self, data: ImageData) -> torch.Tensor:
+        spherical = self._fitted().settings.clusters.spherical
+        final = FinalClusters(torch.from_numpy(self.cluster_centers_), spherical)
+        return final.squared_distances(torch.from_numpy(self.embed(data)))
 
     def _hold(self, model: Model) -> None:
         """Use a model, and begin the audit anew."""
@@ -304,44 +324,6 @@ class ExitClusterer(ClusterMixin, Fitted):
         return read(source, order, self.batch_size, shape, task, progress=progress)
 
 
-def load(
-    folder: str | Path,
-    encoder: nn.Module | Sequence[nn.Module] | None = None,
-    device: str = "auto",
-    *,
-    trust: str | None = None,
-    front: nn.Module | None = None,
-    audit: float | None = None,
-    compile: bool | None = None,
-) -> ExitClusterer:
-    """Read a model that `ExitClusterer.save` wrote; no code of others runs unless you name it in `trust`.
-
-    Args:
-        folder: the model.
-        encoder: a module of the same architecture, for models whose encoder was passed as a module; it is
-            copied, and filled with the saved weights. Models saved with an EncoderSpec build their own.
-        device: where to run: "auto" or what torch.device takes.
-        trust: the "module:function" of a model whose encoder is built by code of yours: the one that may be imported
-            from the Python path and called.
-        front: a module of the same architecture as the front, for models with one of your own.
-        audit, compile: other values than those the model was fitted with.
-
-    Raises:
-        InputError: the folder is no model, truncated, changed since it was written, of a newer format, needs an
-            encoder, or names code that is not trusted; or an audit that cannot be.
-    """
-    changes: dict[str, dict[str, Any]] = {
-        "calibration": {} if audit is None else {"audit": audit},
-        "runtime": {} if compile is None else {"compile": compile},
-    }
-    model = load_model(folder, encoder, device, front, trust, **changes)
-    network = replace(model.spec, weights=str(Path(folder) / WEIGHTS)) if model.spec else model.encoder
-    parameters = model.settings.parameters() | {"front": replace(model.settings.front, network=front)}
-    c = ExitClusterer(network, **parameters, preprocessing=model.preprocessing)
-    c._hold(model)
-    return c
-
-
 def _checked_classes(y: Any, n: int, n_classes: int) -> np.ndarray:
     """Classes of n images, (n,) int64, from 0 to n_classes - 1; InputError if they are anything else."""
     classes = np.asarray(y)
@@ -352,3 +334,11 @@ def _checked_classes(y: Any, n: int, n_classes: int) -> np.ndarray:
             f"{classes.dtype}"
         )
     return classes.astype(np.int64)
+
+
+def _checked_weights(sample_weight: Any, n: int) -> np.ndarray:
+    """Weights of n images, (n,) float32; InputError if they are anything else."""
+    weights = np.asarray(sample_weight, dtype=np.float32)
+    if weights.shape != (n,) or not np.isfinite(weights).all() or weights.min() < 0 or not weights.any():
+        raise InputError(f"sample_weight must hold one finite number >= 0 for each of the {n} images, not all 0")
+    return weights

@@ -17,6 +17,7 @@ from ssl_exit.errors import InputError
 from ssl_exit.exits.final import centroids_in
 from ssl_exit.exits.registry import check_rule
 from ssl_exit.settings import GROUPS, Calibration, Clusters, Exits, Front, Rule, Runtime, Settings
+from ssl_exit.settings.clustering import is_head
 
 _DEFAULT = Settings()
 
@@ -77,7 +78,9 @@ class Parameters(BaseEstimator):
         """
         values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(Settings)}
         values |= {name: group.of(values[name]) for name, group in GROUPS.items()} | {"device": str(self.device)}
-        if not isinstance(self.n_clusters, (Number, str, type(None))):
+        if is_head(self.n_clusters):
+            values |= {"n_clusters": "auto", "clusters": replace(values["clusters"], head=self.n_clusters)}
+        elif not isinstance(self.n_clusters, (Number, str, type(None))):
             centroids, spherical = centroids_in(self.n_clusters)
             values["n_clusters"], rows = len(centroids), tuple(map(tuple, centroids.tolist()))
             clusters = values["clusters"]

@@ -21,6 +21,7 @@ from torch import Tensor, fx, nn
 
 from ssl_exit.encoders.chain import Chain
 from ssl_exit.encoders.counting import NoFusedAttention, flop_counter
+from ssl_exit.encoders.head import Head
 from ssl_exit.encoders.huggingface import chained
 from ssl_exit.encoders.opaque import OpaqueEncoder
 from ssl_exit.errors import InputError
@@ -138,8 +139,8 @@ def _unwrapped(module: nn.Module) -> nn.Module:
             module = module.get_submodule("backbone")
         else:
             warnings.warn(
-                f"{type(module).__name__} has no `backbone` and is taken as the encoder, with any projection head; pass "
-                "the part of it that gives the features",
+                f"{type(module).__name__} has no `backbone` and is taken as the encoder, with any projection head; "
+                "pass the part of it that gives the features",
                 stacklevel=4,
             )
             return module
@@ -245,9 +246,10 @@ def _tracer_options(root: nn.Module) -> dict[str, Any]:
     from torchvision.models import feature_extraction
 
     options: dict[str, Any] = feature_extraction._set_default_tracer_kwargs(None)
+    options["leaf_modules"] = [*options["leaf_modules"], Head]
     if isinstance(root, Chain):
         options["leaf_modules"] = [*options["leaf_modules"], *{type(m) for m in root.parts()}]
-    elif type(root).__module__.startswith("timm."):
+    elif any(type(part).__module__.startswith("timm.") for part in root.modules()):
         timm_layers = sys.modules["timm.layers"]
         options["leaf_modules"] = [*options["leaf_modules"], *timm_layers.get_notrace_modules()]
         options["autowrap_functions"] = tuple(timm_layers.get_notrace_functions())

@@ -7,7 +7,7 @@ import re
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path, PosixPath
 from typing import Any
 
@@ -152,10 +152,8 @@ def fill(
     prefix = _prefix(state, set(own), file) if prefix is None else prefix
     part = {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}
     if convert and (not set(own) <= set(part) or _misfits(part, own)):
-        try:
+        with suppress(Exception):  # it was made for other files: what does not fit is listed below
             part = convert(part, encoder)
-        except Exception:  # it was made for other files: what does not fit is listed below
-            pass
     if classifier:
         part = {key: value for key, value in part.items() if not key.startswith(classifier + ".") or key in own}
     missing, unexpected = sorted(set(own) - set(part)), sorted(set(part) - set(own))

@@ -94,10 +94,12 @@ class FinalClusters(Final):
         self.spherical = spherical
 
     @classmethod
-    def fit(cls, features: Tensor, n_clusters: int, *, spherical: bool, seed: int) -> "FinalClusters":
-        """Cluster final features, (N, D), which must be finite (see `kmeans`)."""
+    def fit(
+        cls, features: Tensor, n_clusters: int, *, spherical: bool, seed: int, weights: np.ndarray | None = None
+    ) -> "FinalClusters":
+        """Cluster final features, (N, D), which must be finite, with weights, (N,), if any (see `kmeans`)."""
         points = F.normalize(features, dim=1) if spherical else features
-        centroids = kmeans(points.numpy(), n_clusters, spherical=spherical, seed=seed)
+        centroids = kmeans(points.numpy(), n_clusters, spherical=spherical, seed=seed, weights=weights)
         return cls(torch.from_numpy(centroids), spherical)
 
     @classmethod
@@ -128,6 +130,10 @@ class FinalClusters(Final):
         scale = squared_distances(features if among is None else among, self.centroids).min(1).values.mean()
         return torch.softmax(-squared_distances(features, self.centroids) / scale.clamp(min=1e-12), dim=1)
 
+    def squared_distances(self, features: Tensor) -> Tensor:
+        """From final features, (N, D), to the centroids, (N, K); of directions if `spherical`."""
+        return squared_distances(F.normalize(features, dim=1) if self.spherical else features, self.centroids)
+
     def forward(self, features: Tensor) -> Tensor:
         """Labels, (N,) int64, of final features, (N, D); -1 where a feature is not finite."""
         near = features @ self.centroids.T
@@ -154,7 +160,7 @@ def centroids_in(clusters: Any) -> tuple[np.ndarray, bool | None]:
         centroids = np.empty(0, dtype=np.float32)
     if centroids.ndim != 2 or not centroids.size or not np.isfinite(centroids).all():
         raise InputError(
-            "n_clusters is a number, final centroids, (K, F), with finite entries, or a fitted k-means of scikit-learn "
-            f"or FAISS; got {shown(clusters)}"
+            'n_clusters is a number, "auto", final centroids, (K, F), with finite entries, a fitted k-means of '
+            f"scikit-learn or FAISS, or a head from features to logits; got {shown(clusters)}"
         )
     return centroids, spherical

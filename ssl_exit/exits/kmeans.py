@@ -13,6 +13,7 @@ def kmeans(
     restarts: int = 5,
     iterations: int = 50,
     seed: int = 0,
+    weights: np.ndarray | None = None,
 ) -> np.ndarray:
     """Lloyd's k-means on all of `x`; of several starts the best objective wins.
 
@@ -25,6 +26,7 @@ def kmeans(
         restarts: independent starts.
         iterations: Lloyd steps a start.
         seed: of the first start; the others follow.
+        weights: of the points, (N,), at least 0 and not all 0; None: all alike.
 
     Returns:
         Centroids, (K, D) float32.
@@ -52,7 +54,7 @@ def kmeans(
         min_points_per_centroid=1,
         max_points_per_centroid=len(x),  # never subsample: which points were seen is the caller's choice
     )
-    clustering.train(x)
+    clustering.train(x, None if weights is None else np.ascontiguousarray(weights, dtype=np.float32))
     centroids = clustering.centroids
     assert centroids is not None
     return centroids

@@ -15,8 +15,7 @@ from ssl_exit.exits.across import AcrossExits
 from ssl_exit.exits.final import Final
 from ssl_exit.exits.rules import ExitRule, FitData
 from ssl_exit.exits.statistics import ClusterStatistics
-from ssl_exit.fitting.sample import Sample, clustered_images, fill, final_clusters, finite_descriptors, sample_size
-from ssl_exit.settings import Clusters
+from ssl_exit.fitting.sample import Clustering, Sample, fill, finite_descriptors, inertia_of, sample_size
 
 CHUNK = 4096  # images counted at a time
 
@@ -89,6 +88,7 @@ class Collected:
         labels: what exits learn of the sample, (m,) int64.
         soft: the full encoder's soft assignment of the sample, (m, K), or (m, 0) if no rule needs it.
         n_clustered: images that k-means saw.
+        inertia: sum of their squared distances to the nearest centroid; NaN without k-means.
     """
 
     final: Final
@@ -96,7 +96,8 @@ class Collected:
     descriptors: Tensor
     labels: Tensor
     soft: Tensor
-    n_clustered: int
+    n_clustered: int = 0
+    inertia: float = float("nan")
 
     @property
     def n_fit(self) -> int:
@@ -139,8 +140,7 @@ def collected(
     """
     own = final(sample.features) if labels is None else labels
     assigned = final.soft(sample.features) if soft else sample.features.new_empty(len(own), 0)
-    n_clustered = min(len(own), clustered_images(final.n_clusters))
-    return Collected(final, statistics, sample.descriptors, own, assigned, n_clustered)
+    return Collected(final, statistics, sample.descriptors, own, assigned)
 
 
 def collect(
@@ -148,12 +148,8 @@ def collect(
     passes: Sequence[Iterable[Batch]],
     n: int,
     rules: Sequence[ExitRule],
-    *,
-    n_clusters: int,
-    clusters: Clusters,
-    seed: int,
+    clustering: Clustering,
     classes: np.ndarray | None = None,
-    final: Final | None = None,
 ) -> Collected:
     """Find final clusters from the first images, and collect what rules need from all of them in one pass.
 
@@ -165,20 +161,19 @@ def collect(
         passes: images in random order; further passes are other views of them, which k-means does not see.
         n: images of a pass at most.
         rules: to be fitted; they say what is needed.
-        n_clusters: K.
-        clusters: what the full encoder answers.
-        seed: of k-means.
+        clustering: how the final clusters come about.
         classes: in the supervised mode, the class of the image at every position, which exits learn; without it
             they learn the full encoder's answers.
-        final: final clusters that are known already.
 
     Raises:
         InputError: fewer usable images than clusters, or, in the supervised mode, another number of logits.
     """
-    share = sample_size(n, len(passes), n_clusters, max(rule.sample_images for rule in rules), tapped.dim)
+    share = sample_size(n, len(passes), clustering, max(rule.sample_images for rule in rules), tapped.dim)
     room = Sample.empty(len(passes) * share, tapped)
     skipped: dict[int, str] = {}
     n_sample = n_clustered = 0
+    inertia = float("nan")
+    final: Final | None = None
     statistics: Statistics | None = None
 
     def labels_of(final: Final, features: Tensor, indices: Tensor) -> Tensor:
@@ -190,10 +185,10 @@ def collect(
         own = room.at(slice(n_sample, n_sample + filled))
         n_sample += filled
         if statistics is None:
-            final = final or final_clusters(own, n_clusters, clusters, seed)
-            n_clustered = 0 if clusters.supervised else min(filled, clustered_images(n_clusters))
+            final, n_clustered = clustering.of(own)
+            inertia = inertia_of(final, own.features[:n_clustered])
             scatter = any(rule.needs_scatter for rule in rules)
-            statistics = Statistics.empty(tapped, n_clusters, own.descriptors.double().mean(0), scatter=scatter)
+            statistics = Statistics.empty(tapped, final.n_clusters, own.descriptors.double().mean(0), scatter=scatter)
         assert final is not None
         labels = labels_of(final, own.features, own.indices)
         for rows in torch.arange(filled).split(CHUNK):
@@ -208,4 +203,4 @@ def collect(
     result = collected(
         final, replace(statistics, skipped=skipped), kept, labels, soft=any(rule.needs_soft for rule in rules)
     )
-    return replace(result, n_clustered=n_clustered)
+    return replace(result, n_clustered=n_clustered, inertia=inertia)

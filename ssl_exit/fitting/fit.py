@@ -1,22 +1,23 @@
 """From an encoder and images to a model: exits cut and placed, rules fitted, stages timed, thresholds calibrated."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ssl_exit.cascade.cascade import Cascade
+from ssl_exit.cascade.cascade import Cascade, describe
 from ssl_exit.cascade.times import stage_times
 from ssl_exit.data.cache import CachedImages
 from ssl_exit.data.hashes import SeenImages, noted
-from ssl_exit.data.images import ImageSource, mirrored
+from ssl_exit.data.images import Batch, ImageSource, mirrored
 from ssl_exit.data.preprocessing import Preprocessing
 from ssl_exit.data.reading import first_images
 from ssl_exit.encoders.build import EncoderSpec
 from ssl_exit.encoders.front import FrontDescriptor
+from ssl_exit.encoders.head import with_head
 from ssl_exit.encoders.inference import usable_device
 from ssl_exit.encoders.opaque import features_of
 from ssl_exit.encoders.repeatable import check_repeatable
@@ -31,10 +32,12 @@ from ssl_exit.exits.thresholds import Recorded
 from ssl_exit.fitting.calibrate import Read, calibrate, reader, split_held_out, work
 from ssl_exit.fitting.count import Collected, collect
 from ssl_exit.fitting.front import TaughtFronts, sized_fronts, teach_fronts
+from ssl_exit.fitting.n_clusters import IMAGES, choose_n_clusters
 from ssl_exit.fitting.place import choose
 from ssl_exit.fitting.record import fit_temperatures, record_logits
+from ssl_exit.fitting.sample import Clustering
 from ssl_exit.model import Model, hash_of_cut
-from ssl_exit.provenance import ExitChoice, Provenance
+from ssl_exit.provenance import ClusterCount, ExitChoice, Provenance
 from ssl_exit.settings import Settings
 
 
@@ -45,6 +48,7 @@ def fit(
     preprocessing: Preprocessing | None = None,
     classes: np.ndarray | None = None,
     spec: EncoderSpec | None = None,
+    weights: np.ndarray | None = None,
 ) -> Model:
     """Find final clusters, fit an exit rule at every exit point, and calibrate on images held out by seed.
 
@@ -55,6 +59,7 @@ def fit(
         preprocessing: of the images; saved with the model.
         classes: in the supervised mode, the class of every image, (N,) int64, or None.
         spec: architecture of the encoder, if an `EncoderSpec` built it.
+        weights: of the images in k-means, (N,), or None.
 
     Raises:
         InputError: settings, images or an encoder that cannot be used.
@@ -64,8 +69,15 @@ def fit(
     encoder = copy.deepcopy(encoder).cpu().eval()
     example = first_images(source, fitted, settings.batch_size).images.cpu()
     shape = tuple(example.shape[1:])
+    if settings.clusters.head is not None:
+        encoder, settings = _with_head(encoder, example, settings)
 
     images = reader(source, settings, shape)
+    counts: list[ClusterCount] = []
+    if settings.n_clusters == "auto":
+        counts = _cluster_counts(_Cutter(encoder, example, settings), images(fitted[:IMAGES], "number of clusters"))
+        settings = replace(settings, n_clusters=max(counts, key=lambda one: one.merit).n_clusters)
+    clustering = Clustering(settings.k, settings.clusters, settings.random_state, weights)
     parts = split_held_out(held, logits_per_image(settings))
     cut = _Cutter(encoder, example, settings)
     points, taught = settings.exits.points, TaughtFronts()
@@ -77,13 +89,16 @@ def fit(
         untaught = sized_fronts(bare, example, settings)
         _check_fronts(cut(points, settings.exits.descriptor, settings.exits.accumulate, untaught), settings)
         cache = CachedImages(source, shape, settings.front.side)
-        taught = teach_fronts(untaught, bare, images(fitted, "fit"), cache, settings, classes)
+        taught = teach_fronts(untaught, bare, images(fitted, "fit"), cache, settings, clustering, classes)
+        assert taught.assigned is not None
+        clustering = replace(clustering, final=taught.assigned.final)
     if len(points):
-        cascade, provenance = _with_exits(cut, points, images, fitted, parts[0], taught, classes)
+        cascade, provenance = _with_exits(cut, points, images, fitted, parts[0], taught, clustering, classes)
     else:
         cascade, provenance = _fronts_alone(cut, taught)
     front, clusters = replace(settings.front, network=None), replace(settings.clusters, centroids=None)
     settings = replace(settings, front=front, clusters=clusters)  # the model has its own
+    provenance = replace(provenance, counts=tuple(counts))
     path = cascade.thresholds[None]
     nothing = SettingCounts.count(path, Recorded.empty(len(cascade.rules)))
     _, certificate = certify(path, nothing, cascade.costs, settings.max_disagreement, settings.confidence)
@@ -96,6 +111,34 @@ def fit(
     seen = np.union1d(used.images, used.shaped) if used.choices else used.images  # chosen by the images that shape
     used = replace(used, images=seen, skipped=used.skipped | used.calibration_skipped)
     return replace(model, provenance=used)
+
+
+def _with_head(encoder: nn.Module, example: Tensor, settings: Settings) -> tuple[nn.Module, Settings]:
+    """The encoder with the user's head, whose labels are the classes of the supervised mode."""
+    n_labels = None if settings.n_clusters == "auto" else settings.n_clusters
+    headed = with_head(encoder, settings.clusters.head, n_labels)
+    with torch.inference_mode(), torch.random.fork_rng(devices=[]):
+        n_logits = features_of(headed(example.clone()), example).shape[1]
+    clusters = replace(settings.clusters, supervised=True, head=None)
+    return headed, replace(settings, n_clusters=n_logits if n_labels is None else n_labels, clusters=clusters)
+
+
+def _cluster_counts(cut: "_Cutter", batches: Iterable[Batch]) -> list[ClusterCount]:
+    """What n_clusters="auto" chooses from.
+
+    Raises:
+        InputError: too few images, or a mode in which there is nothing to choose.
+    """
+    how = cut.settings.clusters
+    if how.supervised:
+        raise InputError("in the supervised mode n_clusters is the number of classes; got 'auto'")
+    seen = [each.features.cpu() for each in describe(cut([], cut.settings.exits.descriptor), batches)]
+    progress = cut.settings.runtime.progress
+    features = torch.cat(seen)
+    counts = choose_n_clusters(features, spherical=how.spherical, seed=cut.settings.random_state, progress=progress)
+    if not counts:
+        raise InputError(f"n_clusters='auto' needs at least 40 usable images to fit; there are {len(features)}")
+    return counts
 
 
 def recalibrate(model: Model, source: ImageSource, settings: Settings) -> Model:
@@ -113,7 +156,7 @@ def logits_per_image(settings: Settings) -> int:
     front = settings.front
     fronts = 0 if front.kind == "none" else len(front.shares)
     exits = fronts + (len(points) if not isinstance(points, str) else 0 if fronts else MOST_EXITS)
-    return exits * len(rule_classes(settings.rule.name)) * (settings.n_clusters + 1)
+    return exits * len(rule_classes(settings.rule.name)) * (settings.k + 1)
 
 
 def _check_repeatable(encoder: nn.Module, tapped: TappedEncoder, example: Tensor, settings: Settings) -> None:
@@ -195,8 +238,8 @@ def _fronts_alone(cut: _Cutter, taught: TaughtFronts) -> tuple[Cascade, Provenan
     tapped = cut([], exits.descriptor, exits.accumulate, taught.fronts)
     cascade = cut.timed(Cascade.closed(tapped, taught.rules, assigned.final, cut.across))
     n_fit = len(assigned.positions)
-    used = Provenance(assigned.images, assigned.skipped, n_fit, assigned.n_clustered, teaching=taught.teaching)
-    return cascade, used
+    used = assigned.images, assigned.skipped, n_fit, assigned.n_clustered
+    return cascade, Provenance(*used, teaching=taught.teaching, inertia=assigned.inertia)
 
 
 def _with_exits(
@@ -206,6 +249,7 @@ def _with_exits(
     order: np.ndarray,
     shaping: np.ndarray,
     taught: TaughtFronts,
+    clustering: Clustering,
     classes: np.ndarray | None,
 ) -> tuple[Cascade, Provenance]:
     """Final clusters and a rule at every exit; with exits="auto" those exits that do not pay are left out again."""
@@ -214,7 +258,7 @@ def _with_exits(
 
     def rules_of(tapped: TappedEncoder) -> list[ExitRule]:
         inside = tapped.seen[len(fronts) :]
-        return [*taught.rules, *build_rules(rule.name, inside, settings.n_clusters, rule.options)]
+        return [*taught.rules, *build_rules(rule.name, inside, settings.k, rule.options)]
 
     def fitted(collected: Collected, tapped: TappedEncoder, rules: list[ExitRule]) -> Cascade:
         return collected.fit(tapped, rules, cut.across, settings.random_state)
@@ -228,17 +272,7 @@ def _with_exits(
     passes = [noted(images(order, "fit"), hashes)]
     if rule.mirror:
         passes.append(noted(mirrored(images(order, "fit, mirrored")), hashes))
-    collected = collect(
-        tapped,
-        passes,
-        len(order),
-        rules,
-        n_clusters=settings.n_clusters,
-        clusters=settings.clusters,
-        seed=settings.random_state,
-        classes=classes,
-        final=taught.assigned.final if taught.assigned else None,
-    )
+    collected = collect(tapped, passes, len(order), rules, clustering, classes)
     cascade = cut.timed(fitted(collected, tapped, rules))
     choices = _choices(cascade, settings, images, shaping)
     kept = [i for i, choice in enumerate(choices) if choice.kept]
@@ -248,8 +282,11 @@ def _with_exits(
         collected = collected.at(tapped, kept)
         tapped = cut([choices[i].name for i in kept], [tapped.descriptors[i].kind for i in kept], tapped.accumulate)
         cascade = fitted(collected, tapped, rules_of(tapped)).timed(times)
-    used = SeenImages(hashes).hashes, collected.statistics.skipped, collected.n_fit, collected.n_clustered
-    return cascade, Provenance(*used, tuple(choices), taught.teaching)
+    n_sample, inertia = collected.n_clustered, collected.inertia
+    if taught.assigned:
+        n_sample, inertia = taught.assigned.n_clustered, taught.assigned.inertia
+    used = SeenImages(hashes).hashes, collected.statistics.skipped, collected.n_fit, n_sample
+    return cascade, Provenance(*used, tuple(choices), taught.teaching, inertia=inertia)
 
 
 def _choices(cascade: Cascade, settings: Settings, images: Read, shaping: np.ndarray) -> list[ExitChoice]:
@@ -266,4 +303,4 @@ def _choices(cascade: Cascade, settings: Settings, images: Read, shaping: np.nda
     _, recorded = fit_temperatures(cascade.rules, cascade.across, logits)
     stage, own = work(cascade, settings.calibration.cost)
     names = cascade.exit_names[:-1]
-    return choose(names, recorded, stage, own, settings.n_clusters, settings.max_disagreement)
+    return choose(names, recorded, stage, own, settings.k, settings.max_disagreement)

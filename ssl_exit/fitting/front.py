@@ -15,16 +15,16 @@ from torch import Tensor, nn
 from ssl_exit.cascade.cascade import describe
 from ssl_exit.cascade.times import now
 from ssl_exit.data.cache import CachedImages
-from ssl_exit.data.hashes import images_hash, module_hash, noted
+from ssl_exit.data.hashes import images_hash, module_hash, noted, settings_hash
 from ssl_exit.data.images import Batch
 from ssl_exit.encoders.front import FrontDescriptor, widest_front
 from ssl_exit.encoders.tapped import TappedEncoder
 from ssl_exit.errors import InputError
 from ssl_exit.exits.final import Final
 from ssl_exit.exits.front import FrontRule
-from ssl_exit.fitting.sample import Sample, clustered_images, final_clusters
+from ssl_exit.fitting.sample import Clustering, Sample, inertia_of
 from ssl_exit.provenance import Teaching
-from ssl_exit.settings import Clusters, Front, Settings
+from ssl_exit.settings import Front, Settings
 
 CHUNK = 65_536  # rows of soft assignments sharpened at a time
 TIMED = 5  # runs, of which the fastest counts
@@ -42,6 +42,7 @@ class Assigned:
         images: content hashes, (n,) uint64.
         skipped: position and reason of images that could not be used.
         n_clustered: images that k-means saw.
+        inertia: sum of their squared distances to the nearest centroid; NaN without k-means.
         seconds: of the pass.
     """
 
@@ -51,6 +52,7 @@ class Assigned:
     images: np.ndarray
     skipped: dict[int, str]
     n_clustered: int
+    inertia: float
     seconds: float
 
     @property
@@ -63,12 +65,8 @@ def assign(
     tapped: TappedEncoder,
     batches: Iterable[Batch],
     n: int,
-    *,
-    n_clusters: int,
-    clusters: Clusters,
-    seed: int,
+    clustering: Clustering,
     mirror: bool = True,
-    final: Final | None = None,
 ) -> Assigned:
     """The full encoder's soft assignment of all images in one pass; final clusters are found from the first ones.
 
@@ -76,36 +74,32 @@ def assign(
         tapped: the encoder, on the device to use; its exits are not asked.
         batches: images in random order.
         n: positions there are in the data.
-        n_clusters: K.
-        clusters: what the full encoder answers.
-        seed: of k-means.
+        clustering: how the final clusters come about; known already where shards share them.
         mirror: average over the image and its mirror image.
-        final: final clusters that are known already, such as those that all shards share.
 
     Raises:
         InputError: fewer usable images than clusters, or, in the supervised mode, another number of logits.
     """
-    begun, wanted = time.perf_counter(), clustered_images(n_clusters)
+    begun = time.perf_counter()
     skipped: dict[int, str] = {}
     hashes: list[np.ndarray] = [np.empty(0, np.uint64)]
     stream = _features(tapped, noted(batches, hashes), mirror, skipped)
     first: list[tuple[Tensor, Tensor]] = []
     for each in stream:
         first.append(each)
-        if sum(len(indices) for indices, _ in first) >= wanted:
+        if sum(len(indices) for indices, _ in first) >= clustering.wanted:
             break
     features = torch.cat([torch.empty(0, tapped.output.dim), *(features[:, 0] for _, features in first)])
-    sample = Sample(np.zeros(len(features), np.uint64), torch.arange(len(features)), features[:, :0], features)
-    final = final or final_clusters(sample, n_clusters, clusters, seed)
-    soft = torch.zeros(n, n_clusters, dtype=torch.float16)
+    positions = torch.cat([torch.empty(0, dtype=torch.int64), *(indices for indices, _ in first)])
+    final, n_clustered = clustering.of(Sample(np.zeros(len(features), np.uint64), positions, features[:, :0], features))
+    soft = torch.zeros(n, final.n_clusters, dtype=torch.float16)
     labels = torch.full((n,), -1)
     for indices, seen in chain(first, stream):
         labels[indices] = final(seen[:, 0])
         each_way = final.soft(seen.flatten(0, 1), features).view(*seen.shape[:2], -1)
         soft[indices] = each_way.mean(1).half()
-    n_clustered = 0 if clusters.supervised else min(len(sample), wanted)
-    seconds = time.perf_counter() - begun
-    return Assigned(final, soft, labels, np.unique(np.concatenate(hashes)), skipped, n_clustered, seconds)
+    used = np.unique(np.concatenate(hashes)), skipped, n_clustered, inertia_of(final, features[:n_clustered])
+    return Assigned(final, soft, labels, *used, time.perf_counter() - begun)
 
 
 def _features(
@@ -201,6 +195,7 @@ def teach_fronts(
     batches: Iterable[Batch],
     cache: CachedImages,
     settings: Settings,
+    clustering: Clustering,
     classes: np.ndarray | None = None,
 ) -> TaughtFronts:
     """Find the final clusters, and teach fronts one after another; a later one's head sees the features of those before
@@ -212,20 +207,13 @@ def teach_fronts(
         batches: images in random order.
         cache: keeps them for teaching.
         settings: all parameters.
+        clustering: how the final clusters come about.
         classes: in the supervised mode, the class of every image, (N,), which is taught instead, or None.
     """
     from ssl_exit.training.front import sharpened, teach
 
     how, n = settings.front, len(cache.source)
-    assigned = assign(
-        tapped,
-        cache.add(batches),
-        n,
-        n_clusters=settings.n_clusters,
-        clusters=settings.clusters,
-        seed=settings.random_state,
-        mirror=how.mirror and classes is None,
-    )
+    assigned = assign(tapped, cache.add(batches), n, clustering, mirror=how.mirror and classes is None)
     about: dict[str, Any] = {
         "images": images_hash(assigned.images),
         "encoder": module_hash(tapped.staged),
@@ -233,13 +221,15 @@ def teach_fronts(
         "clusters": asdict(settings.clusters),
         "seed of clusters": settings.random_state,
     }
+    if clustering.weights is not None:
+        about["weights"] = settings_hash(clustering.weights.tolist())
     if classes is None:
         few = assigned.soft.split(CHUNK)  # in float32 all at once would take as much again
         targets = torch.cat([sharpened(rows.float(), how.sharpness).half() for rows in few])
     else:
         taught_classes = torch.from_numpy(classes)[:, None]
         targets = torch.zeros_like(assigned.soft).scatter_(1, taught_classes, 1)
-        about["classes"] = images_hash(classes.astype(np.uint64) + np.arange(n, dtype=np.uint64) * settings.n_clusters)
+        about["classes"] = images_hash(classes.astype(np.uint64) + np.arange(n, dtype=np.uint64) * settings.k)
     images, result = cache.open(), TaughtFronts(assigned=assigned)
     for i, front in enumerate(untaught, start=1):
         taught = teach(

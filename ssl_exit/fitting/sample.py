@@ -83,25 +83,56 @@ def sample(tapped: TappedEncoder, batches: Iterable[Batch], n: int) -> Sample:
     return result
 
 
-def sample_size(n: int, passes: int, n_clusters: int, wanted: int, dim: int) -> int:
+@dataclass(frozen=True, eq=False)
+class Clustering:
+    """What becomes of a sample: the final clusters.
+
+    Attributes:
+        n_clusters: K.
+        clusters: what the full encoder answers.
+        seed: of k-means.
+        weights: of the image at every position, for k-means, or None.
+        final: final clusters that are known already, or None.
+    """
+
+    n_clusters: int
+    clusters: Clusters = Clusters()
+    seed: int = 0
+    weights: np.ndarray | None = None
+    final: Final | None = None
+
+    @property
+    def wanted(self) -> int:
+        """Images that k-means sees at most."""
+        return max(SAMPLE, PER_CLUSTER * self.n_clusters)
+
+    def of(self, sample: Sample) -> tuple[Final, int]:
+        """The final clusters, and the number of images that k-means saw."""
+        if self.final is not None:
+            return self.final, 0
+        weights = None if self.weights is None else self.weights[sample.indices.numpy()]
+        final = final_clusters(sample, self.n_clusters, self.clusters, self.seed, weights)
+        asked = not self.clusters.supervised and self.clusters.centroids is None
+        return final, min(len(sample), self.wanted) if asked else 0
+
+
+def sample_size(n: int, passes: int, clustering: Clustering, wanted: int, dim: int) -> int:
     """Images of each pass in the sample of a fit: as many as k-means or a rule wants, as memory allows.
 
     Args:
         n: images there are.
         passes: over them.
-        n_clusters: K; at least one image a cluster is needed.
+        clustering: at least one image a cluster is needed.
         wanted: by the rule.
         dim: entries of all descriptors.
     """
-    return min(n, max(clustered_images(n_clusters), wanted), max(n_clusters, SAMPLE_BYTES // (4 * dim * passes)))
+    room = max(clustering.n_clusters, SAMPLE_BYTES // (4 * dim * passes))
+    return min(n, max(clustering.wanted, wanted), room)
 
 
-def clustered_images(n_clusters: int) -> int:
-    """Images that k-means sees at most."""
-    return max(SAMPLE, PER_CLUSTER * n_clusters)
-
-
-def final_clusters(sample: Sample, n_clusters: int, clusters: Clusters, seed: int) -> Final:
+def final_clusters(
+    sample: Sample, n_clusters: int, clusters: Clusters, seed: int, weights: np.ndarray | None = None
+) -> Final:
     """The final clusters of a sample: k-means on its first images, centroids of the user's, or in the supervised mode
     the encoder's classes.
 
@@ -114,8 +145,16 @@ def final_clusters(sample: Sample, n_clusters: int, clusters: Clusters, seed: in
         return FinalClasses.of(sample.features, n_clusters)
     if clusters.centroids is not None:
         return FinalClusters.given(torch.tensor(clusters.centroids), sample.features, spherical=clusters.spherical)
-    features = sample.features[: clustered_images(n_clusters)]
-    return FinalClusters.fit(features, n_clusters, spherical=clusters.spherical, seed=seed)
+    few = slice(Clustering(n_clusters).wanted)
+    weights = None if weights is None else weights[few]
+    return FinalClusters.fit(sample.features[few], n_clusters, spherical=clusters.spherical, seed=seed, weights=weights)
+
+
+def inertia_of(final: Final, features: Tensor) -> float:
+    """Sum of squared distances of final features, (N, F), to the nearest centroid; NaN without any."""
+    if not isinstance(final, FinalClusters) or len(features) == 0:
+        return float("nan")
+    return float(final.squared_distances(features).min(1).values.double().sum())
 
 
 def fill(into: Sample, stream: Iterator[Described]) -> tuple[int, Iterator[Described]]:

@@ -81,8 +81,10 @@ def fit_summary(model: Model) -> str:
         spent, fronts = sum(one.seconds for one in used.teaching), len(used.teaching)
         saved = certificate.early * times.stage_seconds.sum() - times.exit_seconds[:fronts].sum()  # exits behind: less
         taught.append(_break_even(spent, spent / saved if saved > 0 else float("inf")))
+    tried = [(str(c.n_clusters), f"{c.silhouette:.3f}", f"{c.stability:.3f}", f"{c.merit:.3f}") for c in used.counts]
     return "\n".join(
         [
+            *([text_table(("n_clusters", "silhouette", "stability", "product"), tried), ""] if tried else []),
             text_table(("exit", "cost, multiply-adds", "cost, measured time"), rows),
             *map(str, used.choices),
             *taught,

@@ -120,16 +120,28 @@ class Clusters(Group):
         supervised: the encoder gives one logit a class (n_clusters of them); nothing is clustered, and exits learn the
             classes `y` of fit(), or the encoder's own answers without them.
         centroids: final centroids of your own, (K, F), instead of k-means; n_clusters as an array sets them.
+        head: of your own, from final features, (N, F), to logits, (N, K), or labels, (N,) int: a module, a callable or
+            a fitted classifier of scikit-learn; n_clusters sets one that gives logits.
     """
 
     spherical: bool = True
     supervised: bool = False
     centroids: Any = option(None, flag=PYTHON)  # a tuple of tuples; checked where it is made
+    head: Any = option(None, flag=PYTHON)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.supervised and self.centroids is not None:
-            raise InputError("in the supervised mode the encoder's classes are the clusters; leave centroids out")
+        if self.supervised and (self.centroids is not None or self.head is not None):
+            raise InputError("in the supervised mode the encoder's classes are the clusters; no centroids, no head")
+        if self.centroids is not None and self.head is not None:
+            raise InputError("centroids and a head are two answers; leave one out")
+        if self.head is not None and not is_head(self.head):
+            raise InputError(f"a head is a module, a callable or a fitted classifier; got {shown(self.head)}")
+
+
+def is_head(value: Any) -> bool:
+    """Whether something may stand on an encoder: it is called, or is a classifier of scikit-learn."""
+    return callable(value) or hasattr(value, "predict_proba")
 
 
 @dataclass(frozen=True)
@@ -190,7 +202,7 @@ class Settings(Group):
     """All parameters of `ExitClusterer` but its encoder and preprocessing.
 
     Attributes:
-        n_clusters: K, the number of final clusters.
+        n_clusters: K, the number of final clusters; "auto" chooses it by silhouette x stability.
         exits: names of exit points, "auto", or `Exits`.
         rule: name of an exit rule, or `Rule`.
         max_disagreement: share of images whose label may differ from the full encoder's.
@@ -204,7 +216,7 @@ class Settings(Group):
         runtime: see `Runtime`.
     """
 
-    n_clusters: int = option(10, "[1, inf)")
+    n_clusters: int | Literal["auto"] = option(10, "[1, inf)")
     exits: Exits = Exits()
     rule: Rule = Rule()
     max_disagreement: float = option(0.02, "(0, 1)")
@@ -231,10 +243,16 @@ class Settings(Group):
             raise InputError(f"these are no settings of this version: {error}") from error
 
     def to_dict(self) -> dict[str, Any]:
-        """Nested dictionaries of plain values, for JSON; without a network and centroids of the user's, which are a
-        model's own."""
-        front, clusters = replace(self.front, network=None), replace(self.clusters, centroids=None)
+        """Nested dictionaries of plain values, for JSON; without a network, centroids and a head of the user's, which
+        are a model's own."""
+        front, clusters = replace(self.front, network=None), replace(self.clusters, centroids=None, head=None)
         return asdict(replace(self, front=front, clusters=clusters))
+
+    @property
+    def k(self) -> int:
+        """n_clusters, once it is a number."""
+        assert self.n_clusters != "auto"
+        return self.n_clusters
 
     def parameters(self) -> dict[str, Any]:
         """Parameters of `ExitClusterer` by name, groups as they are."""

@@ -61,14 +61,20 @@ def _inside(value: Any, within: str) -> bool:
     )
 
 
-def _describe(hint: Any) -> str:
-    """A type in words, for a message."""
+def _describe(hint: Any, within: str = "") -> str:
+    """A type in words, numbers with what they lie within, for a message."""
     args = get_args(hint)
     if get_origin(hint) is Literal:
-        return f"one of {args}"
+        return f"one of {args}" if len(args) > 1 else repr(args[0])
     if get_origin(hint) in (Union, types.UnionType):
-        return " or ".join(_describe(each) for each in args)
-    words = {int: "a whole number", float: "a number", bool: "True or False", str: "a string", type(None): "None"}
+        return " or ".join(_describe(each, within) for each in args)
+    words = {
+        int: f"a whole number{within}",
+        float: f"a number{within}",
+        bool: "True or False",
+        str: "a string",
+        type(None): "None",
+    }
     return words.get(hint) or {list: "a list of names", tuple: "a tuple of names", dict: "a dictionary by name"}.get(
         get_origin(hint) or hint, getattr(hint, "__name__", str(hint))
     )
@@ -82,7 +88,7 @@ class Group:
         for f in fields(self):  # type: ignore[arg-type]
             value, within = getattr(self, f.name), f.metadata.get("within", "")
             if not _is_a(value, hints[f.name]) or (within and isinstance(value, Real) and not _inside(value, within)):
-                legal = _describe(hints[f.name]) + (f" in {within}" if within else "")
+                legal = _describe(hints[f.name], f" in {within}" if within else "")
                 flag = f.metadata.get("flag", "")
                 raise InputError(f"{f.name}{f' (--{flag})' if flag else ''} must be {legal}; got {shown(value)}")
 

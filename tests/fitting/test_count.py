@@ -12,7 +12,7 @@ from ssl_exit.exits.across import AcrossExits
 from ssl_exit.exits.final import FinalClusters
 from ssl_exit.exits.registry import build_rules
 from ssl_exit.fitting.count import collect
-from ssl_exit.settings import Clusters
+from ssl_exit.fitting.sample import Clustering
 from tests.conftest import untrained
 
 
@@ -22,7 +22,7 @@ def test_statistics_are_those_of_all_descriptors_at_once(rgb_digits, monkeypatch
     tapped = TappedEncoder.build(encoder, ["layer1", "layer2"], rgb_digits[:1], descriptor="average").eval()
     batches = open_images(rgb_digits[:400]).batches(np.arange(400), 64)
     rules = build_rules("centroid", tapped.seen, 3)
-    collected = collect(tapped, [batches], 400, rules, n_clusters=3, clusters=Clusters(), seed=0)
+    collected = collect(tapped, [batches], 400, rules, Clustering(3))
     assert collected.n_fit == 400
     assert collected.n_clustered == 400  # 256 a cluster and more
     with torch.no_grad():
@@ -69,7 +69,7 @@ def test_leaving_exits_out_equals_collecting_without_them(rgb_digits):
         def collected(exits, tapped=tapped):
             batches = open_images(rgb_digits[:300]).batches(np.arange(300), 64)
             rules = build_rules("centroid", tapped(exits).seen, 3)
-            return collect(tapped(exits), [batches], 300, rules, n_clusters=3, clusters=Clusters(), seed=0)
+            return collect(tapped(exits), [batches], 300, rules, Clustering(3))
 
         three = tapped(["layer1", "layer2.0", "layer2"])
         kept = collected(["layer1", "layer2.0", "layer2"]).at(three, [0, 2])

@@ -15,6 +15,7 @@ from ssl_exit.encoders.tapped import TappedEncoder
 from ssl_exit.exits.thresholds import simulate
 from ssl_exit.fitting.front import assign
 from ssl_exit.fitting.record import record
+from ssl_exit.fitting.sample import Clustering
 from ssl_exit.settings import Clusters
 from tests.conftest import batches_of, clusterer
 
@@ -67,7 +68,7 @@ def test_what_is_assigned_is_what_the_encoder_says(fitted, encoder, digits):
     images[7] = torch.nan
     cache = CachedImages(DatasetImages(images, None, 0), (1, 8, 8), 4)
     batches = cache.add(batches_of(images, 50))
-    assigned = assign(tapped, batches, 310, n_clusters=4, clusters=Clusters(), seed=0, mirror=True)
+    assigned = assign(tapped, batches, 310, Clustering(4), mirror=True)
     with torch.no_grad():
         plain, mirrored = tapped.final_features(images), tapped.final_features(images.flip(-1))
     good = torch.arange(300) != 7
@@ -280,7 +281,6 @@ def test_soft_assignments_do_not_depend_on_the_batch(encoder, digits):
     tapped = TappedEncoder.build(encoder, [], digits[:1]).for_inference("float32", (1, 8, 8))
     euclidean = Clusters(spherical=False)
     one, other = (
-        assign(tapped, batches_of(digits[:200], size), 200, n_clusters=4, clusters=euclidean, seed=0).soft
-        for size in (200, 7)
+        assign(tapped, batches_of(digits[:200], size), 200, Clustering(4, euclidean)).soft for size in (200, 7)
     )
     assert torch.allclose(one.float(), other.float(), atol=2e-3)
