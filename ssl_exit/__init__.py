@@ -7,7 +7,7 @@ from ssl_exit.errors import InputError
 
 if TYPE_CHECKING:
     from ssl_exit.clusterer import ExitClusterer, load
-    from ssl_exit.data.preprocessing import Preprocessing
+    from ssl_exit.data.preprocessing import Preprocessing, Transform
     from ssl_exit.encoders.build import EncoderSpec
     from ssl_exit.encoders.graph import list_exits
     from ssl_exit.exits.rules import ExitRule
@@ -15,12 +15,13 @@ if TYPE_CHECKING:
 
 __version__ = "0.4.0"
 __all__ = ["Calibration", "Clusters", "EncoderSpec", "ExitClusterer", "ExitRule", "Exits", "Front", "InputError",
-           "Preprocessing", "Rule", "Runtime", "__version__", "list_exits", "load"]  # fmt: skip
+           "Preprocessing", "Rule", "Runtime", "Transform", "__version__", "list_exits", "load"]  # fmt: skip
 
 _MODULES = {
     "ExitClusterer": "clusterer",
     "load": "clusterer",
     "Preprocessing": "data.preprocessing",
+    "Transform": "data.preprocessing",
     "EncoderSpec": "encoders.build",
     "list_exits": "encoders.graph",
     "ExitRule": "exits.rules",

@@ -17,7 +17,7 @@ from ssl_exit.cascade.run import run
 from ssl_exit.cascade.times import StageTimes, stage_times
 from ssl_exit.data.hashes import module_hash, settings_hash, tensors_hash, watched_hash
 from ssl_exit.data.images import Batch
-from ssl_exit.data.preprocessing import Preprocessing
+from ssl_exit.data.preprocessing import AnyPreprocessing, Transform, saved_preprocessing
 from ssl_exit.encoders.build import EncoderSpec
 from ssl_exit.encoders.front import FrontDescriptor, FrontNetwork
 from ssl_exit.encoders.head import Head
@@ -60,7 +60,7 @@ class Model:
     spec: EncoderSpec | None
     cascade: Cascade
     settings: Settings
-    preprocessing: Preprocessing | None
+    preprocessing: AnyPreprocessing | None
     image_shape: tuple[int, ...]
     certificate: Certificate
     path: np.ndarray
@@ -175,6 +175,7 @@ class Model:
         tensors: Mapping[str, Tensor],
         settings: Settings | None = None,
         front: nn.Module | None = None,
+        transform: Transform | None = None,
     ) -> "Model":
         """A model from its encoder and what `state` returned.
 
@@ -183,9 +184,10 @@ class Model:
             about, tensors: from `state`.
             settings: other ones than those in `about`; those that the cascade was made from must be the same.
             front: a module of the architecture of the user's own front, if the model has one.
+            transform: the preprocessing, if it is the user's own.
 
         Raises:
-            InputError: a front of the user's own is missing or does not fit.
+            InputError: a front or a transform of the user's own is missing or does not fit.
         """
         settings = settings or Settings.from_dict(about["settings"])
         image, exits, spec = tuple(about["image"]), settings.exits, about["encoder"]["spec"]
@@ -232,7 +234,7 @@ class Model:
             spec=spec and EncoderSpec(**spec),
             cascade=replace(cascade, times=times),
             settings=settings,
-            preprocessing=Preprocessing(**about["preprocessing"]) if about["preprocessing"] else None,
+            preprocessing=saved_preprocessing(about["preprocessing"], transform),
             image_shape=image,
             certificate=from_json(Certificate, about["certificate"]),
             path=tensors["path"].numpy(),
@@ -246,7 +248,8 @@ class Model:
         """Pickled without stages and programs, which are made again, and with the classes of its rules."""
         classes = {type(part) for rule in self.cascade.rules for part in rule.modules() if isinstance(part, ExitRule)}
         own = next((f.network for f in self.fronts if f.config["network"] is None), None)
-        return _unpickled, (tuple(classes), self.encoder, own, *self.state())
+        transform = self.preprocessing if isinstance(self.preprocessing, Transform) else None
+        return _unpickled, (tuple(classes), self.encoder, own, transform, *self.state())
 
 
 def hash_of_cut(encoder: nn.Module, fronts: Sequence[FrontDescriptor]) -> str:
@@ -255,10 +258,15 @@ def hash_of_cut(encoder: nn.Module, fronts: Sequence[FrontDescriptor]) -> str:
 
 
 def _unpickled(
-    classes: tuple[type[ExitRule], ...], encoder: nn.Module, front: nn.Module | None, about: Any, tensors: Any
+    classes: tuple[type[ExitRule], ...],
+    encoder: nn.Module,
+    front: nn.Module | None,
+    transform: Transform | None,
+    about: Any,
+    tensors: Any,
 ) -> Model:
     RULES.update({rule.name: rule for rule in classes if "name" in vars(rule)})
-    return Model.from_state(encoder, about, tensors, front=front)
+    return Model.from_state(encoder, about, tensors, front=front, transform=transform)
 
 
 def _cut(

@@ -11,7 +11,7 @@ import json
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ssl_exit import __version__
+from ssl_exit.data.preprocessing import Transform
 from ssl_exit.encoders.build import EncoderSpec
 from ssl_exit.encoders.graph import as_module
 from ssl_exit.encoders.head import with_head
@@ -59,44 +60,49 @@ def save_model(folder: Path, model: Model) -> None:
         (draft / ABOUT).write_text(json.dumps(about, indent=1) + "\n")
 
 
+@dataclass(frozen=True)
+class Supplied:
+    """What a model was fitted with and does not hold: objects that whoever loads it passes again.
+
+    Attributes:
+        encoder, front, head, transform, trust: as in `ssl_exit.load`.
+    """
+
+    encoder: nn.Module | Sequence[nn.Module] | None = None
+    front: nn.Module | None = None
+    head: Callable[[Any], Any] | None = None
+    transform: Transform | None = None
+    trust: str | None = None
+
+
 def load_model(
-    folder: str | Path,
-    encoder: nn.Module | Sequence[nn.Module] | None = None,
-    device: str = "auto",
-    front: nn.Module | None = None,
-    head: Callable[[Any], Any] | None = None,
-    trust: str | None = None,
-    **changes: Mapping[str, Any],
+    folder: str | Path, supplied: Supplied | None = None, device: str = "auto", **changes: Mapping[str, Any]
 ) -> Model:
-    """Read a model that `save_model` wrote; arguments and errors are those of `ssl_exit.load`.
+    """Read a model that `save_model` wrote; errors are those of `ssl_exit.load`.
 
     Args:
+        folder: the model.
+        supplied: what it does not hold.
+        device: where to run.
         changes: fields of groups of settings to replace, such as runtime={"compile": True}.
     """
-    folder = Path(folder)
+    folder, supplied = Path(folder), supplied or Supplied()
     remove_abandoned(folder)
     before = _identity(folder)
     try:
-        return _read_model(folder, encoder, device, front, head, trust, changes)
+        return _read_model(folder, supplied, device, changes)
     except InputError:
         if _identity(folder) == before:
             raise
-        return _read_model(folder, encoder, device, front, head, trust, changes)  # another process has saved meanwhile
+        return _read_model(folder, supplied, device, changes)  # another process has saved meanwhile
 
 
 def _identity(folder: Path) -> int | None:
     return folder.stat().st_ino if folder.exists() else None
 
 
-def _read_model(
-    folder: Path,
-    encoder: nn.Module | Sequence[nn.Module] | None,
-    device: str,
-    front: nn.Module | None,
-    head: Callable[[Any], Any] | None,
-    trust: str | None,
-    changes: Mapping[str, Mapping[str, Any]],
-) -> Model:
+def _read_model(folder: Path, supplied: Supplied, device: str, changes: Mapping[str, Mapping[str, Any]]) -> Model:
+    encoder, head, trust = supplied.encoder, supplied.head, supplied.trust
     about = _read_about(folder)
     network = None if encoder is None else copy.deepcopy(as_module(encoder)).cpu().eval()
     with _described_by(folder):
@@ -123,7 +129,9 @@ def _read_model(
             network.load_state_dict(weights)
         except RuntimeError as error:
             raise InputError(f"the encoder does not fit model {str(folder)!r}: {error}") from error
-        model = Model.from_state(network, about, load_file(folder / EXITS), settings, front)
+        model = Model.from_state(
+            network, about, load_file(folder / EXITS), settings, supplied.front, supplied.transform
+        )
         certificate = model.check()
     if certificate.void:
         warnings.warn(f"model {str(folder)!r}: the certificate is {certificate}", stacklevel=4)

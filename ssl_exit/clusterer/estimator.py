@@ -3,8 +3,8 @@
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +13,9 @@ from sklearn.base import ClusterMixin
 from ssl_exit.cascade.cascade import describe
 from ssl_exit.cascade.result import ExitResult
 from ssl_exit.clusterer.attributes import Fitted
+from ssl_exit.clusterer.checks import checked_classes, checked_weights
 from ssl_exit.data.images import Batch, ImageData, ImageSource, open_images
+from ssl_exit.data.items import each_image, unsized
 from ssl_exit.data.reading import parts, read, warn_of_skipped
 from ssl_exit.encoders.build import EncoderSpec
 from ssl_exit.encoders.graph import as_module
@@ -60,7 +62,8 @@ class ExitClusterer(ClusterMixin, Fitted):
         clusters: `Clusters`: spherical, supervised.
         calibration: a guarantee by name, or `Calibration`: guarantee, thresholds, cost, holdout, audit, false_alarm.
         runtime: `Runtime`: precision, compile, num_workers, progress.
-        preprocessing: for folders and uint8 images; float tensors are taken as they are. Default None.
+        preprocessing: for image files and uint8 images, a `Preprocessing` or a `Transform`; float tensors are taken as
+            they are. Default None.
 
     Attributes:
         model_: the fitted `Model`, a value: cascade, certificate, threshold path, provenance.
@@ -116,8 +119,8 @@ class ExitClusterer(ClusterMixin, Fitted):
         settings = self.settings()
         source = self._open(data)
         learnt = y is not None and settings.clusters.supervised
-        classes = _checked_classes(y, len(source), settings.k) if learnt else None
-        weights = None if sample_weight is None else _checked_weights(sample_weight, len(source))
+        classes = checked_classes(y, len(source), settings.k) if learnt else None
+        weights = None if sample_weight is None else checked_weights(sample_weight, len(source))
         spec = self.encoder if isinstance(self.encoder, EncoderSpec) else None
         with torch.random.fork_rng(devices=[]):
             network = spec.build() if spec else as_module(self.encoder)  # type: ignore[arg-type]
@@ -175,7 +178,7 @@ class ExitClusterer(ClusterMixin, Fitted):
         """`run` for many images: results part by part, in input order, so that memory does not grow with their number.
 
         Args:
-            data: images.
+            data: images; an iterable without a length, or a DataLoader over one, is read as it comes.
             start: position of the first to cluster, >= 0, such as the number of rows that are written already.
 
         Yields:
@@ -187,6 +190,11 @@ class ExitClusterer(ClusterMixin, Fitted):
         self._check_fitted()
         if start < 0:
             raise InputError(f"start must be the position of an image, >= 0; got {start}")
+        if unsized(data):
+            images = islice(each_image(data, Runtime.of(self.runtime).image_key), start, None)
+            while some := list(islice(images, PART * self.batch_size)):
+                yield self.run(some)
+            return
         source = self._open(data)
         batches = self._batches(source, np.arange(start, len(source)), "cluster")
         for part, n in parts(batches, start, len(source), self.batch_size, PART):
@@ -278,7 +286,7 @@ class ExitClusterer(ClusterMixin, Fitted):
         """
         model, runtime, how = self._fitted(), Runtime.of(self.runtime), Calibration.of(self.calibration)
         settings = replace(model.settings, batch_size=self.batch_size).nested(
-            runtime={name: getattr(runtime, name) for name in ("num_workers", "max_pixels", "progress")},
+            runtime={name: getattr(runtime, name) for name in ("num_workers", "max_pixels", "image_key", "progress")},
             calibration={"audit": how.audit, "false_alarm": how.false_alarm},
         )
         save_model(Path(folder), replace(model, settings=settings, preprocessing=self.preprocessing))
@@ -311,7 +319,7 @@ class ExitClusterer(ClusterMixin, Fitted):
 
     def _open(self, data: ImageData) -> ImageSource:
         how = Runtime.of(self.runtime)
-        return open_images(data, self.preprocessing, how.num_workers, max_pixels=how.max_pixels)
+        return open_images(data, self.preprocessing, how.num_workers, max_pixels=how.max_pixels, key=how.image_key)
 
     def _all(self, data: ImageData, task: str) -> tuple[ImageSource, Iterator[Batch]]:
         """Images for a fitted model, and batches of all of them in order."""
@@ -322,23 +330,3 @@ class ExitClusterer(ClusterMixin, Fitted):
     def _batches(self, source: ImageSource, order: np.ndarray, task: str) -> Iterator[Batch]:
         shape, progress = self.model_.image_shape, Runtime.of(self.runtime).progress
         return read(source, order, self.batch_size, shape, task, progress=progress)
-
-
-def _checked_classes(y: Any, n: int, n_classes: int) -> np.ndarray:
-    """Classes of n images, (n,) int64, from 0 to n_classes - 1; InputError if they are anything else."""
-    classes = np.asarray(y)
-    integers = classes.shape == (n,) and np.issubdtype(classes.dtype, np.integer)
-    if not integers or classes.min() < 0 or classes.max() >= n_classes:
-        raise InputError(
-            f"y must hold one class from 0 to {n_classes - 1} for each of the {n} images; got shape {classes.shape} of "
-            f"{classes.dtype}"
-        )
-    return classes.astype(np.int64)
-
-
-def _checked_weights(sample_weight: Any, n: int) -> np.ndarray:
-    """Weights of n images, (n,) float32; InputError if they are anything else."""
-    weights = np.asarray(sample_weight, dtype=np.float32)
-    if weights.shape != (n,) or not np.isfinite(weights).all() or weights.min() < 0 or not weights.any():
-        raise InputError(f"sample_weight must hold one finite number >= 0 for each of the {n} images, not all 0")
-    return weights

@@ -8,7 +8,8 @@ from typing import Any
 from torch import nn
 
 from ssl_exit.clusterer.estimator import ExitClusterer
-from ssl_exit.storage import WEIGHTS, load_model
+from ssl_exit.data.preprocessing import Transform
+from ssl_exit.storage import WEIGHTS, Supplied, load_model
 
 
 def load(
@@ -19,6 +20,7 @@ def load(
     trust: str | None = None,
     front: nn.Module | None = None,
     head: Callable[[Any], Any] | None = None,
+    transform: Transform | None = None,
     audit: float | None = None,
     compile: bool | None = None,
 ) -> ExitClusterer:
@@ -33,6 +35,7 @@ def load(
             from the Python path and called.
         front: a module of the same architecture as the front, for models with one of your own.
         head: that of the fit, for models with one of your own; a module is filled with the saved weights.
+        transform: that of the fit, for models whose preprocessing is a `Transform`.
         audit, compile: other values than those the model was fitted with.
 
     Raises:
@@ -43,7 +46,7 @@ def load(
         "calibration": {} if audit is None else {"audit": audit},
         "runtime": {} if compile is None else {"compile": compile},
     }
-    model = load_model(folder, encoder, device, front, head, trust, **changes)
+    model = load_model(folder, Supplied(encoder, front, head, transform, trust), device, **changes)
     network = replace(model.spec, weights=str(Path(folder) / WEIGHTS)) if model.spec and head is None else model.encoder
     parameters = model.settings.parameters() | {"front": replace(model.settings.front, network=front)}
     c = ExitClusterer(network, **parameters, preprocessing=model.preprocessing)

@@ -10,7 +10,7 @@ import torch
 from sklearn.base import BaseEstimator
 from torch import nn
 
-from ssl_exit.data.preprocessing import Preprocessing
+from ssl_exit.data.preprocessing import Preprocessing, Transform
 from ssl_exit.encoders.build import EncoderSpec
 from ssl_exit.encoders.inference import usable_device
 from ssl_exit.errors import InputError
@@ -40,7 +40,7 @@ class Parameters(BaseEstimator):
     clusters: Clusters = _DEFAULT.clusters
     calibration: Calibration | str = _DEFAULT.calibration
     runtime: Runtime = _DEFAULT.runtime
-    preprocessing: Preprocessing | None = None
+    preprocessing: Preprocessing | Transform | None = None
 
     def get_params(self, deep: bool = True) -> dict[str, Any]:
         """Parameters by name; with `deep`, the fields of groups too, as "rule__name"."""
@@ -87,10 +87,10 @@ class Parameters(BaseEstimator):
             spherical = clusters.spherical if spherical is None else spherical
             values["clusters"] = replace(clusters, centroids=rows, spherical=spherical)
         settings = Settings(**values)
-        if not isinstance(self.preprocessing, (Preprocessing, type(None))):
+        if not isinstance(self.preprocessing, (Preprocessing, Transform, type(None))):
             raise InputError(
                 f"preprocessing must be an ssl_exit.Preprocessing or None; got {type(self.preprocessing).__name__}: "
-                "apply any other transform in your Dataset, and leave preprocessing out"
+                "wrap any other function of a PIL image as ssl_exit.Transform(name, function)"
             )
         check_rule(settings.rule.name, settings.rule.options)
         usable_device(settings.device)

@@ -1,16 +1,14 @@
 """Images in memory between passes over them."""
 
-import os
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 from ssl_exit.data.images import Batch, ImageSource, TensorImages
+from ssl_exit.data.memory import MEMORY_SHARE, memory
 
 HALF = 65504.0  # the largest number in half precision
-MEMORY_SHARE = 0.25  # of the machine's memory that images may take
 
 
 class CachedImages:
@@ -44,11 +42,3 @@ class CachedImages:
     def open(self) -> ImageSource:
         """The images added, by position; or the source itself, which decodes them in every pass."""
         return self.source if self.images is None else TensorImages(self.images)
-
-
-def memory() -> int:
-    """Bytes of memory this machine, or the container it is, has."""
-    limit = Path("/sys/fs/cgroup/memory.max")
-    allowed = limit.read_text().strip() if limit.is_file() else "max"
-    physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return physical if allowed == "max" else min(physical, int(allowed))

@@ -4,17 +4,19 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ssl_exit.data.preprocessing import Preprocessing
+from ssl_exit.data.preprocessing import AnyPreprocessing
 from ssl_exit.errors import InputError
 from ssl_exit.settings import Runtime
 
 EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+KEYS = ("image", "pixel_values", "img", "jpg", "jpeg", "png", "webp")  # under which mappings have the image
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # of Pillow; its others start programs, or are rare
 
 
@@ -40,7 +42,7 @@ class ImageFiles(Dataset):
     def __init__(
         self,
         paths: list[str],
-        preprocessing: Preprocessing | None,
+        preprocessing: AnyPreprocessing | None,
         max_pixels: int = Runtime.max_pixels,
         folder: Path = Path(),
     ) -> None:
@@ -57,8 +59,12 @@ class ImageFiles(Dataset):
 
     def read(self, index: int, transform: Callable[[Image.Image], Tensor]) -> Tensor | Unreadable:
         """One image, decoded and transformed, or the reason why it cannot be read."""
+        return self.decoded(self.folder / self.paths[index], transform)
+
+    def decoded(self, file: Any, transform: Callable[[Image.Image], Tensor]) -> Tensor | Unreadable:
+        """An image file, by path or opened, decoded and transformed, or the reason why it cannot be read."""
         try:
-            with Image.open(self.folder / self.paths[index], formats=FORMATS) as image:
+            with Image.open(file, formats=FORMATS) as image:
                 if image.width * image.height > self.max_pixels:
                     return Unreadable(
                         f"{image.width} x {image.height} pixels are more than max_pixels allows: {self.max_pixels}"
@@ -96,7 +102,9 @@ class FolderImages(ImageFiles):
         InputError: no folder, no preprocessing, or no images in it.
     """
 
-    def __init__(self, folder: Path, preprocessing: Preprocessing | None, max_pixels: int = Runtime.max_pixels) -> None:
+    def __init__(
+        self, folder: Path, preprocessing: AnyPreprocessing | None, max_pixels: int = Runtime.max_pixels
+    ) -> None:
         if not folder.is_dir():
             raise InputError(f"{str(folder)!r} is not a folder; expected a folder of images")
         paths, unreadable = _image_files(folder)

@@ -1,6 +1,6 @@
 """One kind of image source for a folder, a tensor, a Dataset or a DataLoader; for fitting, clustering and training."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,14 @@ from torch.utils.data import (
     default_collate,
 )
 
-from ssl_exit.data.image_files import FolderImages, ImageFiles, Unreadable
-from ssl_exit.data.preprocessing import Preprocessing
-from ssl_exit.errors import InputError, printable
+from ssl_exit.data.archives import ParquetImages, TarImages, archives
+from ssl_exit.data.image_files import KEYS, FolderImages, ImageFiles, Unreadable
+from ssl_exit.data.items import each_image, image_in, in_memory
+from ssl_exit.data.preprocessing import AnyPreprocessing
+from ssl_exit.errors import InputError, printable, shown
 from ssl_exit.settings import Runtime
 
 CHANNELS = (1, 3)
-KEYS = ("image", "pixel_values", "img")  # under which datasets of mappings have the image
 
 
 @dataclass(frozen=True)
@@ -72,36 +73,39 @@ class ImageSource:
         return printable(self.paths[position]) if self.paths else f"position {position}"
 
 
-ImageData = Tensor | Dataset | DataLoader | ImageSource | str | Path
+ImageData = Tensor | np.ndarray | Dataset | DataLoader | ImageSource | Sequence[Any] | Iterable[Any] | str | Path
 
 
 def open_images(
     data: Any,
-    preprocessing: Preprocessing | None = None,
+    preprocessing: AnyPreprocessing | None = None,
     num_workers: int = 0,
     *,
     max_pixels: int = Runtime.max_pixels,
+    key: str | None = None,
     pixels: bool = False,
 ) -> ImageSource:
     """Make an image source.
 
     Args:
-        data: a folder of images (searched recursively, sorted by path); a list of paths of image files; a tensor or
-            array, (N, C, H, W), an array also (N, H, W, C); a map-style Dataset of images, of tuples whose first entry
-            is one, or of mappings that have one under "image", "pixel_values" or "img"; a DataLoader over one, of
-            which the dataset, collate_fn and workers are used and the images come in dataset order; or a source.
-            Floating-point images are taken as they are; uint8 images, of a dataset also as arrays, (H, W, C), and PIL
-            images are preprocessed.
+        data: a folder of images (searched recursively, sorted by path); a list of paths of image files; a tar shard or
+            Parquet file, or a folder of such; a tensor or array, (N, C, H, W), an array also (N, H, W, C); a map-style
+            Dataset of images (also Hugging Face's), of tuples whose first entry is one, or of mappings that have one
+            under "image", "pixel_values", "img", "jpg" or `key`; a DataLoader over one, of which the dataset,
+            collate_fn and workers are used and the images come in dataset order; any other iterable of such items or
+            DataLoader of such batches, which is read once into memory; or a source. Floating-point images are taken as
+            they are; uint8 images, of a dataset also as arrays, (H, W, C), and PIL images are preprocessed.
         preprocessing: for files, uint8 and PIL images.
         num_workers: processes that decode images.
         max_pixels: of one image file; larger ones are skipped.
+        key: under which mappings, or Parquet files, have the image.
         pixels: neither scale to [0, 1] nor standardise: uint8 images keep their pixels, resized and cropped.
 
     Raises:
         InputError: data of another kind, empty, or in need of a preprocessing that is missing.
     """
     if isinstance(data, (str, Path)):
-        data = FolderImages(Path(data), preprocessing, max_pixels)
+        data = open_files(Path(data), preprocessing, max_pixels, key)
     elif isinstance(data, (list, tuple)) and data and all(isinstance(path, (str, Path)) for path in data):
         data = ImageFiles([str(path) for path in data], preprocessing, max_pixels)
     elif isinstance(data, np.ndarray) and data.flags.writeable:
@@ -111,17 +115,33 @@ def open_images(
     elif isinstance(data, Tensor):
         source = TensorImages(data, preprocessing, pixels=pixels)
     elif isinstance(data, DataLoader):
-        source = _loader_source(data, preprocessing, pixels)
-    elif hasattr(data, "__getitem__") and hasattr(data, "__len__") and not isinstance(data, Mapping):
-        source = DatasetImages(data, preprocessing, num_workers, pixels=pixels)
+        source = _loader_source(data, preprocessing, pixels, key)
+    elif isinstance(data, Mapping):
+        raise InputError(f"a mapping of {shown(list(data))} is no set of images; pass one of them, such as a split")
+    elif hasattr(data, "__getitem__") and hasattr(data, "__len__"):
+        source = DatasetImages(data, preprocessing, num_workers, pixels=pixels, key=key)
+    elif isinstance(data, Iterable):
+        source = DatasetImages(in_memory(data, key), preprocessing, 0, pixels=pixels, key=key)
     else:
         raise InputError(
-            "images must be a folder, a list of paths, an (N, C, H, W) tensor or array, a map-style Dataset or a "
-            f"DataLoader over one; got {type(data).__name__}"
+            "images must be a folder, a list of paths, tar shards, Parquet files, an (N, C, H, W) tensor or array, a "
+            f"Dataset, a DataLoader or another iterable of images; got {type(data).__name__}"
         )
     if len(source) == 0:
         raise InputError("there are no images: the data are empty")
     return source
+
+
+def open_files(
+    data: Path, preprocessing: AnyPreprocessing | None, max_pixels: int = Runtime.max_pixels, key: str | None = None
+) -> ImageFiles:
+    """The images in a folder of image files, in tar shards or in Parquet files (see `open_images`)."""
+    files = archives(data)
+    if not files:
+        return FolderImages(data, preprocessing, max_pixels)
+    if files[0].suffix == ".tar":
+        return TarImages(files, preprocessing, max_pixels)
+    return ParquetImages(files, preprocessing, max_pixels, key)
 
 
 def _tensor_of(images: np.ndarray) -> Tensor:
@@ -151,7 +171,7 @@ class TensorImages(ImageSource):
     def __init__(
         self,
         images: Tensor,
-        preprocessing: Preprocessing | None = None,
+        preprocessing: AnyPreprocessing | None = None,
         targets: np.ndarray | None = None,
         *,
         pixels: bool = False,
@@ -177,14 +197,15 @@ class DatasetImages(ImageSource):
     def __init__(
         self,
         dataset: Any,
-        preprocessing: Preprocessing | None,
+        preprocessing: AnyPreprocessing | None,
         num_workers: int,
         collate: Any = None,
         workers: Mapping[str, Any] | None = None,
         *,
         pixels: bool = False,
+        key: str | None = None,
     ) -> None:
-        self.dataset, self.num_workers, self.collate = dataset, num_workers, collate
+        self.dataset, self.num_workers, self.collate, self.key = dataset, num_workers, collate, key
         self.convert = _Converter(preprocessing, pixels)
         self.workers = workers or {}  # how they are started
         if isinstance(dataset, ImageFiles):
@@ -195,11 +216,11 @@ class DatasetImages(ImageSource):
 
     def batches(self, order: np.ndarray, batch_size: int) -> Iterator[Batch]:
         loader = DataLoader(
-            _Indexed(self.dataset, self.convert, untouched=self.collate is not None),
+            _Indexed(self.dataset, self.convert, self.key, untouched=self.collate is not None),
             batch_size=batch_size,
             sampler=map(int, order),  # a list of a million takes 36 MB
             num_workers=self.num_workers,
-            collate_fn=_Collate(self.collate, self.convert),
+            collate_fn=_Collate(self.collate, self.convert, self.key),
             generator=torch.Generator().set_state(torch.get_rng_state()),  # the global one is not advanced
             **self.workers,
         )
@@ -218,7 +239,7 @@ class DatasetImages(ImageSource):
 class _Converter:
     """From what a dataset holds to what a batch holds."""
 
-    preprocessing: Preprocessing | None
+    preprocessing: AnyPreprocessing | None
     pixels: bool
 
     def check(self, dtype: torch.dtype) -> None:
@@ -238,8 +259,8 @@ class _Converter:
 class _Indexed(Dataset):
     """Items of a dataset with their position; images come out as tensors, or as the reason why not."""
 
-    def __init__(self, dataset: Any, convert: _Converter, untouched: bool) -> None:
-        self.dataset, self.convert, self.untouched = dataset, convert, untouched
+    def __init__(self, dataset: Any, convert: _Converter, key: str | None, untouched: bool) -> None:
+        self.dataset, self.convert, self.key, self.untouched = dataset, convert, key, untouched
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -251,32 +272,16 @@ class _Indexed(Dataset):
         item = self.dataset[index]
         if self.untouched:
             return index, item
-        image = _image_in(item)
+        image = image_in(item, self.key)
         if isinstance(image, np.ndarray):
             rows = image[None] if image.ndim == 3 else image[None, None]
             image = _tensor_of(np.require(rows, requirements="W"))[0]
         return index, self.convert(image) if isinstance(image, Image.Image) else image
 
 
-def _image_in(item: Any) -> Any:
-    """The image in what a dataset holds: the first of a tuple, also of views, or an entry of a mapping.
-
-    Raises:
-        InputError: a mapping without one.
-    """
-    if isinstance(item, (tuple, list)) and len(item):
-        return _image_in(item[0])
-    if isinstance(item, Mapping):
-        key = next((key for key in KEYS if key in item), None)
-        if key is None:
-            raise InputError(f"an image of a dataset must be under one of {KEYS}; got {sorted(map(str, item))}")
-        return _image_in(item[key])
-    return item
-
-
 class _Collate:
-    def __init__(self, collate: Any, convert: _Converter) -> None:
-        self.collate, self.convert = collate, convert
+    def __init__(self, collate: Any, convert: _Converter, key: str | None) -> None:
+        self.collate, self.convert, self.key = collate, convert, key
 
     def __call__(self, items: list[tuple[int, Any]]) -> Batch:
         skipped: dict[int, str] = {index: image for index, image in items if isinstance(image, Unreadable)}
@@ -285,7 +290,7 @@ class _Collate:
         if not good:
             return Batch(indices, torch.empty(0), skipped)
         images = (self.collate or self._stack)([image for _, image in good])
-        images = _image_in(images)
+        images = image_in(images, self.key)
         if not isinstance(images, Tensor) or images.dim() != 4 or len(images) != len(good):
             got = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
             raise InputError(f"a batch of {len(good)} images must be a tensor, (N, C, H, W); the dataset gave {got}")
@@ -304,9 +309,11 @@ class _Collate:
         return default_collate(images)
 
 
-def _loader_source(loader: DataLoader, preprocessing: Preprocessing | None, pixels: bool) -> DatasetImages:
+def _loader_source(
+    loader: DataLoader, preprocessing: AnyPreprocessing | None, pixels: bool, key: str | None
+) -> DatasetImages:
     if isinstance(loader.dataset, IterableDataset):
-        raise InputError("a loader over an IterableDataset has no positions; use a map-style Dataset")
+        return DatasetImages(in_memory(each_image(loader, key), key), preprocessing, 0, pixels=pixels, key=key)
     single = loader.batch_sampler is None  # batch_size=None
     plain = single or type(loader.batch_sampler) is BatchSampler
     sampler = getattr(loader.batch_sampler, "sampler", loader.sampler) if plain else loader.batch_sampler
@@ -319,4 +326,4 @@ def _loader_source(loader: DataLoader, preprocessing: Preprocessing | None, pixe
         )
     collate = None if single else loader.collate_fn
     workers = {"worker_init_fn": loader.worker_init_fn, "multiprocessing_context": loader.multiprocessing_context}
-    return DatasetImages(loader.dataset, preprocessing, loader.num_workers, collate, workers, pixels=pixels)
+    return DatasetImages(loader.dataset, preprocessing, loader.num_workers, collate, workers, pixels=pixels, key=key)

@@ -2,7 +2,8 @@
 
 import json
 import math
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,66 @@ class Preprocessing:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+@dataclass(frozen=True)
+class Transform:
+    """Any function from a PIL image in RGB to the tensor an encoder takes, such as a transform of timm or torchvision,
+    or a processor of transformers inside a lambda.
+
+    Attributes:
+        name: of what it does; certificate and saved model know it by this alone, so change it with the function.
+        function: PIL image to (C, H, W) float.
+    """
+
+    name: str
+    function: Callable[[Image.Image], Tensor] = field(compare=False)
+
+    def __call__(self, image: Image.Image | Tensor) -> Tensor:
+        """One PIL image, or uint8 pixels, (C, H, W) or (N, C, H, W), each as a PIL image.
+
+        Raises:
+            InputError: the function returned anything but a floating-point tensor, (C, H, W).
+        """
+        if isinstance(image, Tensor):
+            from torchvision.transforms.v2.functional import to_pil_image
+
+            if image.dim() > 3:
+                return torch.stack([self(one) for one in image])
+            return self(to_pil_image(image))
+        result = self.function(image.convert("RGB"))
+        if not isinstance(result, Tensor) or result.dim() != 3 or not result.is_floating_point():
+            got = f"{result.dtype}, {tuple(result.shape)}" if isinstance(result, Tensor) else type(result).__name__
+            raise InputError(f"transform {self.name!r} must return a floating-point tensor, (C, H, W); got {got}")
+        return result
+
+    def pixels(self, image: Image.Image | Tensor) -> Tensor:
+        """Raises InputError: what is not standardised is known of `Preprocessing` only."""
+        raise InputError("training needs a Preprocessing; a Transform of your own says nothing of plain pixels")
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"transform": self.name}
+
+
+AnyPreprocessing = Preprocessing | Transform
+
+
+def saved_preprocessing(saved: Mapping[str, Any] | None, transform: Transform | None) -> AnyPreprocessing | None:
+    """From what `to_dict` returned; a transform of the user's must be passed, by the name it was saved with.
+
+    Raises:
+        InputError: it is missing, or another.
+    """
+    name = saved.get("transform") if saved else None
+    if name is None and transform is None:
+        return Preprocessing(**saved) if saved else None
+    if transform is None or name != transform.name:
+        wanted = f"the transform {name!r}" if name else "no transform of yours"
+        raise InputError(
+            f"the model was fitted with {wanted}; "
+            + (f"pass it: transform=Transform({name!r}, function)" if name else "leave it out")
+        )
+    return transform
 
 
 def _eight_bits(deep: np.ndarray) -> np.ndarray:

@@ -13,7 +13,7 @@ from ssl_exit.cascade.times import stage_times
 from ssl_exit.data.cache import CachedImages
 from ssl_exit.data.hashes import SeenImages, noted
 from ssl_exit.data.images import Batch, ImageSource, mirrored
-from ssl_exit.data.preprocessing import Preprocessing
+from ssl_exit.data.preprocessing import AnyPreprocessing
 from ssl_exit.data.reading import first_images
 from ssl_exit.encoders.build import EncoderSpec
 from ssl_exit.encoders.front import FrontDescriptor
@@ -45,7 +45,7 @@ def fit(
     encoder: nn.Module,
     source: ImageSource,
     settings: Settings,
-    preprocessing: Preprocessing | None = None,
+    preprocessing: AnyPreprocessing | None = None,
     classes: np.ndarray | None = None,
     spec: EncoderSpec | None = None,
     weights: np.ndarray | None = None,

@@ -187,6 +187,7 @@ class Runtime(Group):
         compile: run full batches through torch.compile; falls back with a warning where it does not work.
         num_workers: processes that decode images.
         max_pixels: of one image file; larger ones are skipped. Decoding takes about 7 bytes a pixel.
+        image_key: under which datasets of mappings, or Parquet files, have the image; found if not set.
         progress: show progress bars on a terminal.
     """
 
@@ -194,6 +195,7 @@ class Runtime(Group):
     compile: bool = False
     num_workers: int = option(0, "[0, 1024]")
     max_pixels: int = option(89_478_485, "[1, inf)")  # beyond, Pillow warns
+    image_key: str | None = None
     progress: bool = True
 
 

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ssl_exit.data.cache import MEMORY_SHARE, memory
 from ssl_exit.data.image_files import ImageFiles
 from ssl_exit.data.images import Batch, DatasetImages, ImageSource, TensorImages, open_images
+from ssl_exit.data.memory import MEMORY_SHARE, memory
 from ssl_exit.data.preprocessing import Preprocessing
 from ssl_exit.data.reading import first_images
 from ssl_exit.errors import InputError
@@ -68,7 +68,7 @@ def decoded(source: DatasetImages) -> TensorImages:
             raise InputError(f"none of the {len(source)} images can be read, {example}")
         warnings.warn(f"{len(unreadable)} of {len(source)} images cannot be read, such as {example}", stacklevel=4)
     assert pixels is not None
-    assert source.convert.preprocessing is not None
+    assert isinstance(source.convert.preprocessing, Preprocessing)
     cropped = replace(source.convert.preprocessing, crop=1.0)  # they are cropped already
     return TensorImages(
         pixels[: len(kept)],

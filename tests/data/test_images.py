@@ -12,7 +12,6 @@ from PIL import Image
 from torch.utils.data import (
     DataLoader,
     Dataset,
-    IterableDataset,
     RandomSampler,
     Subset,
     TensorDataset,
@@ -258,11 +257,6 @@ def test_a_worker_that_is_killed_is_an_error_of_the_system():
         everything(open_images(Dying(), None, 1))
 
 
-class Stream(IterableDataset):
-    def __iter__(self):
-        yield torch.zeros(1, 8, 8)
-
-
 @pytest.mark.parametrize(
     ("data", "preprocessing", "message"),
     [
@@ -273,11 +267,10 @@ class Stream(IterableDataset):
         (np.zeros((3, 8, 8)), None, r"images\[:, None\]"),
         (np.array(["a"]), None, "floating point or uint8"),
         (np.zeros((3, 3, 8, 8), dtype=np.uint8), None, "need a preprocessing"),
-        ({"image": torch.zeros(3, 3, 8, 8)}, None, "got dict"),
+        ({"image": torch.zeros(3, 3, 8, 8)}, None, r"a mapping of \['image'\]"),
         (["a.jpg", "b.jpg"], None, "need a preprocessing"),
         (5, None, "got int"),
         ("no/such/folder", RGB, "is not a folder"),
-        (DataLoader(Stream()), None, "IterableDataset"),
         (DataLoader(FOUR, sampler=WeightedRandomSampler([1.0] * 4, 4)), None, "Subset"),
         (
             DataLoader(FOUR, sampler=RandomSampler(FOUR, num_samples=2)),

@@ -1,0 +1,27 @@
+"""What comes beside images: one class or one weight for each."""
+
+from typing import Any
+
+import numpy as np
+
+from ssl_exit.errors import InputError
+
+
+def checked_classes(y: Any, n: int, n_classes: int) -> np.ndarray:
+    """Classes of n images, (n,) int64, from 0 to n_classes - 1; InputError if they are anything else."""
+    classes = np.asarray(y)
+    integers = classes.shape == (n,) and np.issubdtype(classes.dtype, np.integer)
+    if not integers or classes.min() < 0 or classes.max() >= n_classes:
+        raise InputError(
+            f"y must hold one class from 0 to {n_classes - 1} for each of the {n} images; got shape {classes.shape} of "
+            f"{classes.dtype}"
+        )
+    return classes.astype(np.int64)
+
+
+def checked_weights(sample_weight: Any, n: int) -> np.ndarray:
+    """Weights of n images, (n,) float32; InputError if they are anything else."""
+    weights = np.asarray(sample_weight, dtype=np.float32)
+    if weights.shape != (n,) or not np.isfinite(weights).all() or weights.min() < 0 or not weights.any():
+        raise InputError(f"sample_weight must hold one finite number >= 0 for each of the {n} images, not all 0")
+    return weights
