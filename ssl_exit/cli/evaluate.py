@@ -30,7 +30,7 @@ def evaluate(
     """
     from ssl_exit.cli.common import list_skipped, write_json
     from ssl_exit.clusterer import load
-    from ssl_exit.data.image_files import FolderImages
+    from ssl_exit.data.images import open_files
     from ssl_exit.files import check_file
     from ssl_exit.report.tables import evaluation_report, explanation_table
 
@@ -38,7 +38,7 @@ def evaluate(
         check_file(Path(out))
     c = load(model, device=device, trust=trust)
     c.set_params(runtime__num_workers=num_workers)
-    images = FolderImages(Path(data), c.preprocessing, max_pixels or c.runtime.max_pixels)
+    images = open_files(Path(data), c.preprocessing, max_pixels or c.runtime.max_pixels, c.runtime.image_key)
     evaluation = c.evaluate(images, images.targets)
     list_skipped(evaluation.result.skipped, images.paths)
     print(evaluation_report(evaluation, c.certificate_))

@@ -39,7 +39,7 @@ def fit(
     """
     from ssl_exit.cli.common import encoder_spec, list_skipped, preprocessing_for
     from ssl_exit.clusterer import ExitClusterer
-    from ssl_exit.data.image_files import FolderImages
+    from ssl_exit.data.images import open_files
     from ssl_exit.report.tables import fit_summary
     from ssl_exit.storage import check_model_folder
 
@@ -47,7 +47,7 @@ def fit(
     check_model_folder(Path(out))  # before hours of work, not after
     preprocessing = preprocessing_for(spec, size=size, mean=mean, std=std, crop=crop)
     c = ExitClusterer(spec, **settings.parameters(), preprocessing=preprocessing)
-    images = FolderImages(Path(data), preprocessing, settings.runtime.max_pixels)
+    images = open_files(Path(data), preprocessing, settings.runtime.max_pixels, settings.runtime.image_key)
     c.fit(images, images.targets if settings.clusters.supervised else None)
     c.save(out)
     list_skipped(c.skipped_, images.paths)

@@ -8,6 +8,7 @@ def predict(
     model: str,
     data: str,
     out: str = "labels.csv",
+    embeddings: str | None = None,
     audit: float | None = None,
     compile: bool | None = None,
     num_workers: int = 0,
@@ -21,8 +22,11 @@ def predict(
 
     Args:
         model: folder that fit wrote.
-        data: folder of images, searched recursively.
-        out: CSV file: path, label, exit, score; label -1 for an image that cannot be used.
+        data: folder of images, searched recursively; or a tar shard, a Parquet file, or a folder of such.
+        out: file of path, label, exit, score, as .csv, .jsonl or .parquet; label -1 for an image that cannot be used;
+            - writes CSV to standard output.
+        embeddings: also write final features, a .npy file of float32, (N, F), in the order of the rows, NaN for an
+            image that cannot be used; takes a full pass of the encoder.
         audit: share of the images that leave early which go on to the end too; that of fit if not set.
         compile: run full batches through torch.compile; as in fit if not set.
         num_workers: processes that decode images.
@@ -31,31 +35,20 @@ def predict(
             imported and called.
         device: auto, cpu, cuda, cuda:1, ...
     """
-    import json
-
-    from ssl_exit.cli.common import list_skipped
+    from ssl_exit.cli.common import check_embeddings, label_images, list_skipped, write_embeddings
     from ssl_exit.clusterer import load
-    from ssl_exit.data.image_files import FolderImages
-    from ssl_exit.report.label_file import LabelFile
+    from ssl_exit.data.images import open_files
 
+    if embeddings:
+        check_embeddings(Path(embeddings))
     c = load(model, device=device, trust=trust, audit=audit, compile=compile)
     c.set_params(runtime__num_workers=num_workers)
-    images = FolderImages(Path(data), c.preprocessing, max_pixels or c.runtime.max_pixels)
-    key = json.dumps([c.model_.hashes(), str(Path(data).resolve())])
-    skipped: dict[int, str] = {}
-    cost, clustered = 0.0, 0
-    with LabelFile(Path(out), images.paths, c.exit_names_, key, list(images.versions())) as labels:
-        before = labels.n_rows
-        if before:
-            print(f"continuing behind {before} rows of a run that was stopped", file=sys.stderr)
-        for result in c.stream(images, labels.n_rows):
-            skipped |= {labels.n_rows + position: reason for position, reason in result.skipped.items()}
-            good = result.labels >= 0
-            cost, clustered = cost + result.cost[good].sum(), clustered + int(good.sum())
-            labels.add(result)
+    images = open_files(Path(data), c.preprocessing, max_pixels or c.runtime.max_pixels, c.runtime.image_key)
+    skipped, summary = label_images(c, images, Path(data), None if out == "-" else Path(out))
     list_skipped(skipped, images.paths)
-    mean = f" at mean cost {cost / clustered:.3f} of the full encoder's multiply-adds" if clustered else ""
-    behind = f" (behind the {before} rows of a run that was stopped)" if before else ""
-    print(f"{clustered} images clustered{mean}, {len(skipped)} skipped{behind}; written to {out}")
+    if embeddings:
+        write_embeddings(Path(embeddings), c, images)
+        summary += f"; final features to {embeddings}"
+    print(summary, file=sys.stderr if out == "-" else sys.stdout)
     if c.audit_ is not None:
-        print(f"audit: {c.audit_}")
+        print(f"audit: {c.audit_}", file=sys.stderr if out == "-" else sys.stdout)

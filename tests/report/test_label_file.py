@@ -1,13 +1,15 @@
 """Rows of labels: whole or absent, and gone on with after a kill."""
 
 import csv
+import io
+import json
 
 import numpy as np
 import pytest
 
 from ssl_exit.cascade.result import ExitResult
 from ssl_exit.errors import InputError
-from ssl_exit.report.label_file import LabelFile, write_labels
+from ssl_exit.report.label_file import LabelFile, print_labels, write_labels
 
 EXITS = ["early", "end"]
 NAMES = ["a", "b,c", 'd"e', "f\ng", "h\u2028i", "j"]
@@ -40,8 +42,46 @@ def started(file, parts):
     return labels.draft, labels.marks
 
 
-def test_it_goes_on_behind_the_last_mark_wherever_it_was_cut(tmp_path):
-    whole, file = tmp_path / "whole.csv", tmp_path / "labels.csv"
+def read_rows(file):
+    if file.suffix == ".csv":
+        with file.open(newline="", encoding="utf-8", errors="surrogateescape") as f:
+            return [dict(row) for row in csv.DictReader(f)]
+    if file.suffix == ".jsonl":
+        return [json.loads(line) for line in file.read_text().splitlines()]
+    return pytest.importorskip("pyarrow.parquet").read_table(file).to_pylist()
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_other_formats_hold_the_same(suffix, tmp_path):
+    names = ["a", "=b", "c\udcff"]
+    file, plain = tmp_path / f"labels{suffix}", tmp_path / "labels.csv"
+    write_labels(file, names, result_of([4, -1, 3]), EXITS)
+    write_labels(plain, names, result_of([4, -1, 3]), EXITS)
+    name = names[2] if suffix == ".jsonl" else "c\\xff"
+    assert read_rows(file) == [
+        {"path": "a", "label": 4, "exit": "early", "score": 0.5},
+        {"path": "=b", "label": -1, "exit": None, "score": None},
+        {"path": name, "label": 3, "exit": "end", "score": 0.5},
+    ]
+    assert [row["label"] for row in read_rows(plain)] == ["4", "-1", "3"]
+
+
+def test_rows_on_a_stream_and_formats_that_are_none(tmp_path):
+    stream = io.StringIO()
+    print_labels(stream, ["a", "=b"], result_of([4, -1]), EXITS)
+    assert stream.getvalue() == "a,4,early,0.500000\n./=b,-1,,\n"
+    with pytest.raises(InputError, match=r"as \.csv, \.jsonl or \.parquet; got .*labels\.txt"):
+        write_labels(tmp_path / "labels.txt", ["a"], result_of([1]), EXITS)
+    with pytest.raises(InputError, match=r"as \.csv, \.jsonl or \.parquet"):
+        LabelFile(tmp_path / "labels", ["a"], EXITS, "key")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
+def test_it_goes_on_behind_the_last_mark_wherever_it_was_cut(tmp_path, suffix):
+    if suffix == ".parquet":
+        pytest.importorskip("pyarrow")
+    whole, file = tmp_path / f"whole{suffix}", tmp_path / f"labels{suffix}"
     write_labels(whole, NAMES, result_of([1, 2, 3, 4, 5, 6]), EXITS)
     parts, rows = [[1, 2], [3], [4, 5, 6]], set()
     sizes = [left.stat().st_size for left in started(file, parts)]
@@ -54,7 +94,7 @@ def test_it_goes_on_behind_the_last_mark_wherever_it_was_cut(tmp_path):
                 labels.add(result_of([1, 2, 3, 4, 5, 6][labels.n_rows :]))
             assert file.read_bytes() == whole.read_bytes()
             file.unlink()
-            assert [f.name for f in tmp_path.iterdir()] == ["whole.csv"]
+            assert [f.name for f in tmp_path.iterdir()] == [whole.name]
     assert rows == {0, 2, 3, 6}
 
 
