@@ -6,10 +6,12 @@ Arguments annotated with a group of settings become the options of that group.
 
 import inspect
 import io
+import os
 import sys
 import warnings
 from collections.abc import Callable
 from contextlib import redirect_stdout
+from difflib import get_close_matches
 from importlib import import_module
 from typing import Any, TextIO, get_type_hints
 
@@ -18,9 +20,17 @@ from ssl_exit.errors import InputError, printable
 from ssl_exit.settings import Group, options_of
 
 ABOUT = "Label-free early exit for clustering with self-supervised encoders."
-BUILDING = ("train", "fit", "list-exits")  # take module:function of the user's, which may lie in the current folder
+BUILDING = (
+    "cluster",
+    "train",
+    "fit",
+    "list-exits",
+)  # take module:function of the user's, which may lie in the current folder
 NEWLINE = "\n"
-COMMANDS = ("demo", "train", "fit", "predict", "evaluate", "list-exits")
+COMMANDS = ("cluster", "demo", "train", "fit", "predict", "evaluate", "report", "list-exits")
+POSITIONAL = ("cluster",)  # commands whose arguments without a default come without a name
+SHORT = {"-k": "--n_clusters", "-o": "--out", "-q": "--quiet"}
+QUIET = "--quiet"
 
 
 def main(args: list[str] | None = None) -> None:
@@ -28,7 +38,7 @@ def main(args: list[str] | None = None) -> None:
 
     Wrong input ends with one line on stderr and status 2, an interrupt with status 130.
     """
-    words = [_underscored(word) for word in (sys.argv[1:] if args is None else args)]
+    words = [_long(word) for word in (sys.argv[1:] if args is None else args)]
     if not words or words[0] in ("-h", "--help"):
         print(_overview())
         return
@@ -36,20 +46,32 @@ def main(args: list[str] | None = None) -> None:
         print(f"ssl-exit {__version__}")
         return
     try:
+        if words[0].startswith("--print_completion"):
+            print(completion(words[0].partition("=")[2] or "".join(words[1:2])))
+            return
+        quiet, words = QUIET in words, [word for word in words if word != QUIET]
         function = command(words[0])
-        values = parser_of(words[0], function).parse_args(words[1:]).as_dict()
+        parser = parser_of(words[0], function)
+        _check_options(words[1:], parser)
+        values = parser.parse_args(words[1:]).as_dict()
+        if quiet:
+            os.environ["TQDM_DISABLE"] = "1"
         _own_the_process()
         if words[0] in BUILDING:
             sys.path.append("")
         from ssl_exit.cascade.memory import kept_memory
 
-        with kept_memory(), redirect_stdout(_Printable(sys.stdout)):
+        silent = quiet and values.get("out") != "-"
+        with kept_memory(), redirect_stdout(io.StringIO() if silent else _Printable(sys.stdout)):
             function(**_arguments(function, values))
     except (InputError, OSError, MemoryError) as error:
         print(f"ssl-exit: error: {printable(error, keep=NEWLINE) or type(error).__name__}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("ssl-exit: interrupted; no output is half-written; predict and train --resume continue", file=sys.stderr)
+        print(
+            "ssl-exit: interrupted; no output is half-written; cluster, predict and train --resume continue",
+            file=sys.stderr,
+        )
         sys.exit(130)
 
 
@@ -60,7 +82,9 @@ def command(name: str) -> Callable[..., None]:
         InputError: no command of that name.
     """
     if name not in COMMANDS:
-        raise InputError(f"no command {name!r}; choose one of {', '.join(COMMANDS)}, or --help")
+        near = get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(COMMANDS)}, or --help"
+        raise InputError(f"no command {name!r}; {hint}")
     module = name.replace("-", "_")
     return getattr(import_module(f"ssl_exit.cli.{module}"), module)
 
@@ -73,13 +97,49 @@ def parser_of(name: str, function: Callable[..., None]) -> Any:
     description = (inspect.getdoc(function) or "").partition("\n\nArgs:")[0]
     parser = ArgumentParser(prog=f"ssl-exit {name}", description=description)
     parser.add_argument("--config", action="config", help="YAML file with any of these options")
-    parser.add_function_arguments(function, skip=set(groups), as_group=False)
+    parser.add_function_arguments(function, skip=set(groups), as_group=False, as_positional=name in POSITIONAL)
     for group in groups.values():
         section = parser.add_argument_group(group.__name__, (group.__doc__ or "").partition("\n")[0])
         for option in options_of(group):
             text = option.help + (f" In {option.within}." if option.within else "")
             section.add_argument(f"--{option.flag}", type=option.type, default=option.default, help=text)
     return parser
+
+
+def completion(shell: str) -> str:
+    """A script that completes commands and options in a shell.
+
+    Raises:
+        InputError: another shell than bash, zsh or tcsh, or without shtab.
+    """
+    try:
+        import shtab
+    except ImportError as error:
+        raise InputError("--print-completion needs shtab: pip install shtab") from error
+    if shell not in shtab.SUPPORTED_SHELLS:
+        raise InputError(f"--print-completion takes one of {', '.join(shtab.SUPPORTED_SHELLS)}; got {shell!r}")
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(prog="ssl-exit")
+    commands = parser.add_subcommands()
+    for name in COMMANDS:
+        commands.add_subcommand(name, parser_of(name, command(name)))
+    return shtab.complete(parser, shell)
+
+
+def _check_options(words: list[str], parser: Any) -> None:
+    """Refuse options that a command does not have, with the nearest that it has.
+
+    Raises:
+        InputError: there is one.
+    """
+    known = [option for action in parser._actions for option in action.option_strings if option.startswith("--")]
+    for word in words:
+        name = word.partition("=")[0].partition(".")[0]
+        if word.startswith("--") and name not in known and not name.startswith("--print_"):
+            near = get_close_matches(name, known, n=1)
+            hint = f"did you mean {_hyphened(near[0])}?" if near else "--help lists all"
+            raise InputError(f"{parser.prog} has no option {_hyphened(name)}; {hint}")
 
 
 def _arguments(function: Callable[..., None], values: dict[str, Any]) -> dict[str, Any]:
@@ -98,7 +158,9 @@ def _overview() -> str:
     for name in COMMANDS:
         first = (inspect.getdoc(command(name)) or "").partition("\n")[0]
         lines.append(f"  {name:<12}{first}")
-    return "\n".join([*lines, "\nssl-exit COMMAND --help lists the options of a command; --version the version."])
+    last = "ssl-exit COMMAND --help lists the options of a command; -k stands for --n-clusters, -o for --out, -q for"
+    more = "--quiet, which shows neither progress nor reports; --version and --print-completion SHELL stand alone."
+    return "\n".join([*lines, "", last, more])
 
 
 def _own_the_process() -> None:
@@ -128,7 +190,11 @@ class _Printable(io.TextIOBase):
         return self.stream.isatty()
 
 
-def _underscored(word: str) -> str:
-    """--n-clusters=5 -> --n_clusters=5"""
-    name, equals, value = word.partition("=")
+def _hyphened(option: str) -> str:
+    return "--" + option[2:].replace("_", "-")
+
+
+def _long(word: str) -> str:
+    """--n-clusters=5 -> --n_clusters=5; -k -> --n_clusters"""
+    name, equals, value = SHORT.get(word, word).partition("=")
     return "--" + name[2:].replace("-", "_") + equals + value if name.startswith("--") else word

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ssl_exit.cascade.result import ExitResult
     from ssl_exit.clusterer import ExitClusterer
     from ssl_exit.data.image_files import ImageFiles
+    from ssl_exit.measure.evaluation import Evaluation
 
 
 def encoder_spec(
@@ -103,6 +104,16 @@ class _Totals:
         mean = self.cost / self.clustered if self.clustered else 0
         at = f" at mean cost {mean:.3f} of the full encoder's multiply-adds" if self.clustered else ""
         return f"{self.clustered} images clustered{at}, {len(self.skipped)} skipped"
+
+
+def evaluate_held_out(c: "ExitClusterer", images: "ImageFiles", most: int) -> "tuple[Evaluation, ImageFiles]":
+    """Early exit beside the full encoder on images that fit() held out, at most so many; and those images."""
+    from ssl_exit.data.image_files import SomeImages
+    from ssl_exit.fitting.calibrate import hold_out
+
+    held, fitted = hold_out(len(images), c.model_.settings)
+    sample = SomeImages(images, sorted((held if len(held) else fitted)[:most].tolist()))
+    return c.evaluate(sample, sample.targets), sample
 
 
 def check_embeddings(file: Path) -> None:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from torch import Tensor
 
 from ssl_exit.data.image_files import EXTENSIONS, KEYS, ImageFiles, Unreadable
 from ssl_exit.data.memory import MEMORY_SHARE, memory
@@ -55,7 +54,7 @@ class TarImages(ImageFiles):
             raise InputError(f"{self.shards[0]!r} holds no image files ({', '.join(EXTENSIONS)})")
         super().__init__(paths, preprocessing, max_pixels)
 
-    def read(self, index: int, transform: Callable[[Image.Image], Tensor]) -> Tensor | Unreadable:
+    def read(self, index: int, transform: Callable[[Image.Image], Any]) -> Any:
         shard, offset, size = self.members[index]
         try:
             with open(self.shards[shard], "rb") as file:
@@ -123,7 +122,7 @@ class ParquetImages(ImageFiles):
                 paths.append(path or f"{file.name}/{row}")
         super().__init__(paths, preprocessing, max_pixels)
 
-    def read(self, index: int, transform: Callable[[Image.Image], Tensor]) -> Tensor | Unreadable:
+    def read(self, index: int, transform: Callable[[Image.Image], Any]) -> Any:
         cell = self.cells[index]
         return self.decoded(io.BytesIO(cell) if isinstance(cell, bytes) else cell, transform)
 

@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ class ImageFiles(Dataset):
     """
 
     targets: np.ndarray | None = None
+    classes: Sequence[str] = ()
 
     def __init__(
         self,
@@ -57,11 +58,11 @@ class ImageFiles(Dataset):
         """The preprocessed image, (C, size, size) float, or the reason why it cannot be read."""
         return self.read(index, self.preprocessing)
 
-    def read(self, index: int, transform: Callable[[Image.Image], Tensor]) -> Tensor | Unreadable:
+    def read(self, index: int, transform: Callable[[Image.Image], Any]) -> Any:
         """One image, decoded and transformed, or the reason why it cannot be read."""
         return self.decoded(self.folder / self.paths[index], transform)
 
-    def decoded(self, file: Any, transform: Callable[[Image.Image], Tensor]) -> Tensor | Unreadable:
+    def decoded(self, file: Any, transform: Callable[[Image.Image], Any]) -> Any:
         """An image file, by path or opened, decoded and transformed, or the reason why it cannot be read."""
         try:
             with Image.open(file, formats=FORMATS) as image:
@@ -126,6 +127,23 @@ class FolderImages(ImageFiles):
             return None
         index = {name: i for i, name in enumerate(self.classes)}
         return np.array([index[Path(path).parts[0]] for path in self.paths])
+
+
+class SomeImages(ImageFiles):
+    """Some of other images.
+
+    Args:
+        images: all of them.
+        positions: of those wanted.
+    """
+
+    def __init__(self, images: ImageFiles, positions: Sequence[int]) -> None:
+        super().__init__([images.paths[i] for i in positions], images.preprocessing, images.max_pixels)
+        self.images, self.positions, self.classes = images, positions, images.classes
+        self.targets = None if images.targets is None else images.targets[list(positions)]
+
+    def read(self, index: int, transform: Callable[[Image.Image], Any]) -> Any:
+        return self.images.read(self.positions[index], transform)
 
 
 def _image_files(folder: Path) -> tuple[list[str], list[str]]:

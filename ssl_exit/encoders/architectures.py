@@ -114,8 +114,9 @@ class Torchvision(Library):
                 f"no encoder {name!r}: expected one of {sorted(OWN)}, a torchvision classification architecture, "
                 "timm:NAME, transformers:NAME_OR_FOLDER, or module:function"
             )
-        with_weights = {"weights": "DEFAULT" if download else None}
-        model = _made(name, lambda: models.get_model(name, **with_weights, **options), options)
+        weights = models.get_model_weights(name)["DEFAULT"] if download else None
+        file = weights.url.rpartition("/")[2] if weights else ""
+        model = _made(name, lambda: models.get_model(name, weights=weights, **options), options, file)
         linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
         if not linear:
             raise InputError(f"{name!r} ends in no linear classifier that could be removed; use module:function")
@@ -143,7 +144,9 @@ class Timm(Library):
         if not timm.is_model(name[5:]):
             raise InputError(f"timm has no model {name[5:]!r}; see timm.list_models()")
         arguments = {"pretrained": download, "num_classes": 0, **options}
-        model = _made(name, lambda: timm.create_model(name[5:], **arguments), options)
+        hub = timm.get_pretrained_cfg_value(name[5:], "hf_hub_id")
+        file = f"model.safetensors of {hub} on the Hugging Face hub" if hub else ""
+        model = _made(name, lambda: timm.create_model(name[5:], **arguments), options, file)
         classifier = timm.get_pretrained_cfg_value(name[5:], "classifier")
         convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
         return Built(model, classifier if isinstance(classifier, str) else None, convert)
@@ -170,7 +173,8 @@ class Transformers(Library):
 
         source = name.partition(":")[2]
         if source not in FAMILIES:
-            module = _made(name, lambda: from_pretrained(source, options, download), options)
+            file = f"the files of {source}, or another folder that save_pretrained wrote,"
+            module = _made(name, lambda: from_pretrained(source, options, download), options, file)
             return Built(module, convert=converted)
         _no_download(name, download)
         return Built(_made(name, lambda: from_config(source, options), options), convert=converted)
@@ -202,8 +206,14 @@ def _no_download(name: str, download: bool) -> None:
         raise InputError(f"{name!r} has no weights to download; name a weights file")
 
 
-def _made(name: str, make: Callable[[], nn.Module], options: Options) -> nn.Module:
+def _made(name: str, make: Callable[[], nn.Module], options: Options, file: str = "") -> nn.Module:
     """What a function of another library makes, its failures in one line.
+
+    Args:
+        name: of the encoder.
+        make: the function.
+        options: of the encoder.
+        file: with its weights, in words.
 
     Raises:
         InputError: options it does not take, or weights that cannot be downloaded.
@@ -219,6 +229,6 @@ def _made(name: str, make: Callable[[], nn.Module], options: Options) -> nn.Modu
             raise InputError(f"encoder {name!r} does not take the options {dict(options)}: {error}") from error
         reason = f"{type(error).__name__}: {error}".partition("\n")[0][:200]
         raise InputError(
-            f"encoder {name!r} cannot be had ({reason}); where the network cannot be reached, download its weights "
-            "elsewhere and name the file (--weights FILE), or for transformers a folder that save_pretrained wrote"
+            f"encoder {name!r} cannot be had ({reason}); where the network cannot be reached, download "
+            f"{file or 'its weights'} elsewhere and name {'it' if file else 'the file'} (--weights FILE)"
         ) from error

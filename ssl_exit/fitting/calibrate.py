@@ -125,6 +125,13 @@ def certify_path(path: ThresholdPath, counts: SettingCounts, settings: Settings)
     return path.cascade.at(path.settings[setting]), certificate
 
 
+def hold_out(n: int, settings: Settings) -> tuple[np.ndarray, np.ndarray]:
+    """Positions of images that fit() holds out for calibration, and of those that it fits to, both in random order."""
+    order = np.random.default_rng(settings.random_state).permutation(n)
+    held, fitted = np.split(order, [round(settings.calibration.holdout * n)])
+    return held, fitted
+
+
 def split_held_out(held: np.ndarray, logits_per_image: int) -> tuple[np.ndarray, np.ndarray]:
     """Positions of held-out images, (n,): those that shape thresholds, as memory allows, and those that certify."""
     room = LOGITS_BYTES // (4 * max(1, logits_per_image))

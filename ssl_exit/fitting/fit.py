@@ -29,7 +29,7 @@ from ssl_exit.exits.certificate import SettingCounts, certify
 from ssl_exit.exits.registry import build_rules, rule_classes
 from ssl_exit.exits.rules import ExitRule
 from ssl_exit.exits.thresholds import Recorded
-from ssl_exit.fitting.calibrate import Read, calibrate, reader, split_held_out, work
+from ssl_exit.fitting.calibrate import Read, calibrate, hold_out, reader, split_held_out, work
 from ssl_exit.fitting.count import Collected, collect
 from ssl_exit.fitting.front import TaughtFronts, sized_fronts, teach_fronts
 from ssl_exit.fitting.n_clusters import IMAGES, choose_n_clusters
@@ -64,8 +64,7 @@ def fit(
     Raises:
         InputError: settings, images or an encoder that cannot be used.
     """
-    order = np.random.default_rng(settings.random_state).permutation(len(source))
-    held, fitted = np.split(order, [round(settings.calibration.holdout * len(source))])
+    held, fitted = hold_out(len(source), settings)
     encoder = copy.deepcopy(encoder).cpu().eval()
     example = first_images(source, fitted, settings.batch_size).images.cpu()
     shape = tuple(example.shape[1:])

@@ -20,6 +20,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, NamedTuple
 
+import numpy as np
+
 from ssl_exit.cascade.result import ExitResult
 from ssl_exit.errors import InputError
 from ssl_exit.files import atomic_file, check_file, lock, remove_unlocked
@@ -187,6 +189,23 @@ def _line(mark: _Mark) -> bytes:
 
 def _checksum(content: bytes) -> bytes:
     return b"%08x\n" % zlib.crc32(content)
+
+
+def labels_in(file: Path) -> np.ndarray:
+    """The labels in a CSV file, (N,) int64."""
+    with file.open(newline="", encoding="utf-8", errors="surrogateescape") as f:
+        return np.array([int(row["label"]) for row in csv.DictReader(f)], dtype=np.int64)
+
+
+def as_parquet(file: Path, parquet: Path) -> None:
+    """A CSV file of labels once more as Parquet."""
+    with file.open(newline="", encoding="utf-8", errors="surrogateescape") as f, atomic_file(parquet) as draft:
+        rows = (
+            Row(row["path"], int(row["label"]), row["exit"] or None, float(row["score"]) if row["score"] else None)
+            for row in csv.DictReader(f)
+        )
+        draft.write_bytes(_json_lines(rows))
+        _to_parquet(draft, draft)
 
 
 def _format(file: Path) -> tuple[bytes, Callable[[Iterable[Row]], bytes]]:

@@ -50,11 +50,11 @@ def summary(evaluation: Evaluation) -> str:
         )
     lines.append(evaluation.verdict)
     if evaluation.teaching_seconds:
-        lines.append(_break_even(evaluation.teaching_seconds, evaluation.break_even))
+        lines.append(break_even(evaluation.teaching_seconds, evaluation.break_even))
     return "\n".join(lines)
 
 
-def _break_even(seconds: float, images: float) -> str:
+def break_even(seconds: float, images: float) -> str:
     """After how many clustered images teaching has paid for itself."""
     if images == float("inf"):
         return f"teaching the front took {seconds:,.0f} s and saves no time here"
@@ -80,7 +80,7 @@ def fit_summary(model: Model) -> str:
     if used.teaching and certificate.settings:
         spent, fronts = sum(one.seconds for one in used.teaching), len(used.teaching)
         saved = certificate.early * times.stage_seconds.sum() - times.exit_seconds[:fronts].sum()  # exits behind: less
-        taught.append(_break_even(spent, spent / saved if saved > 0 else float("inf")))
+        taught.append(break_even(spent, spent / saved if saved > 0 else float("inf")))
     tried = [(str(c.n_clusters), f"{c.silhouette:.3f}", f"{c.stability:.3f}", f"{c.merit:.3f}") for c in used.counts]
     return "\n".join(
         [
