@@ -5,6 +5,8 @@ from typing import Any
 
 from ssl_exit.settings import Settings
 
+TIMED = 1_024  # images held out from fitting on which early exit and the full encoder are timed at the end
+
 
 def fit(
     encoder: str,
@@ -37,7 +39,7 @@ def fit(
         mean: per channel, of pixels in [0, 1]; one entry for grey images.
         std: per channel, of pixels in [0, 1].
     """
-    from ssl_exit.cli.common import encoder_spec, list_skipped, preprocessing_for
+    from ssl_exit.cli.common import encoder_spec, evaluate_held_out, list_skipped, preprocessing_for
     from ssl_exit.clusterer import ExitClusterer
     from ssl_exit.data.images import open_files
     from ssl_exit.report.tables import fit_summary
@@ -52,3 +54,5 @@ def fit(
     c.save(out)
     list_skipped(c.skipped_, images.paths)
     print(f"{fit_summary(c.model_)}\nmodel written to {out}")
+    evaluation, _ = evaluate_held_out(c, images, TIMED)
+    print(evaluation.verdict)

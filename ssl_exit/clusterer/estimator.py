@@ -23,7 +23,7 @@ from ssl_exit.errors import InputError
 from ssl_exit.exits.audit import DriftAudit
 from ssl_exit.exits.final import FinalClusters
 from ssl_exit.exits.thresholds import Recorded, trade_off
-from ssl_exit.fitting.calibrate import refuse_fitted, warn_of_nothing
+from ssl_exit.fitting.calibrate import refuse_fitted, too_few, warn_of_nothing
 from ssl_exit.fitting.fit import fit, recalibrate
 from ssl_exit.fitting.record import record
 from ssl_exit.measure.evaluation import Evaluation, evaluate
@@ -122,13 +122,15 @@ class ExitClusterer(ClusterMixin, Fitted):
         classes = checked_classes(y, len(source), settings.k) if learnt else None
         weights = None if sample_weight is None else checked_weights(sample_weight, len(source))
         spec = self.encoder if isinstance(self.encoder, EncoderSpec) else None
+        if foreseen := too_few(len(source), settings):
+            warnings.warn(foreseen, stacklevel=2)
         with torch.random.fork_rng(devices=[]):
             network = spec.build() if spec else as_module(self.encoder)  # type: ignore[arg-type]
         model = fit(network, source, settings, self.preprocessing, classes, spec.recipe() if spec else None, weights)
         self._hold(model)
         self.__dict__.pop("labels_", None)  # of other images
-        n_held = round(settings.calibration.holdout * len(source))
-        warn_of_nothing(model.certificate, n_held, stacklevel=2)
+        if not foreseen and settings.calibration.holdout:
+            warn_of_nothing(model.certificate, stacklevel=2)
         warn_of_skipped(self.skipped_, source, "`skipped_`")
         return self
 
@@ -155,7 +157,7 @@ class ExitClusterer(ClusterMixin, Fitted):
         refuse_fitted(skipped, source)
         self.set_params(**new)
         self._hold(model)
-        warn_of_nothing(model.certificate, len(source), stacklevel=2)
+        warn_of_nothing(model.certificate, stacklevel=2)
         warn_of_skipped(skipped, source)
         return self
 

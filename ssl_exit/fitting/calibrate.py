@@ -10,9 +10,18 @@ from ssl_exit.cascade.cascade import Cascade
 from ssl_exit.data.hashes import SeenImages, images_hash, unseen
 from ssl_exit.data.images import Batch, ImageSource
 from ssl_exit.data.reading import read
+from ssl_exit.encoders.stages import MOST_EXITS
 from ssl_exit.errors import InputError
 from ssl_exit.exits.cbt import cbt_path
-from ssl_exit.exits.certificate import Certificate, SettingCounts, certify, close_thin_cells
+from ssl_exit.exits.certificate import (
+    Certificate,
+    SettingCounts,
+    certify,
+    close_thin_cells,
+    fewest_images,
+    fewest_on_average,
+)
+from ssl_exit.exits.registry import rule_classes
 from ssl_exit.exits.thresholds import Recorded, threshold_path
 from ssl_exit.fitting.place import choose
 from ssl_exit.fitting.record import Logits, fit_temperatures, mean_probabilities, record, record_logits
@@ -200,7 +209,35 @@ def refuse_fitted(skipped: Mapping[int, str], source: ImageSource) -> None:
         )
 
 
-def warn_of_nothing(certificate: Certificate, n_held: int, stacklevel: int) -> None:
-    """One warning where images were held out and nothing may exit early."""
-    if n_held and certificate.early == 0:
+def too_few(n: int, settings: Settings) -> str:
+    """Why n images cannot certify what is wanted, known before any is looked at; empty where they may."""
+    how, eps, confidence = settings.calibration, settings.max_disagreement, settings.confidence
+    average = how.guarantee == "expectation"
+    needed = fewest_on_average(eps) if average else fewest_images(eps, confidence)
+    if how.guarantee == "cluster" and settings.n_clusters != "auto":
+        needed *= settings.n_clusters
+    _, certifying = split_held_out(hold_out(n, settings)[0], logits_per_image(settings))
+    if how.holdout == 0 or len(certifying) >= needed:
+        return ""
+    wanted = int(np.ceil(needed / (1 - SHAPING) / how.holdout))
+    return (
+        f"no image may exit early: of {n} images {len(certifying)} are held out to certify disagreement <= {eps:.2%} "
+        f"with confidence {confidence:.0%}, which takes at least {needed}: give at least {wanted} images, call "
+        "calibrate() with more, raise max_disagreement or holdout, or lower confidence"
+    )
+
+
+def logits_per_image(settings: Settings) -> int:
+    """Numbers that exits say of an image, at most."""
+    points = settings.exits.points
+    front = settings.front
+    fronts = 0 if front.kind == "none" else len(front.shares)
+    exits = fronts + (len(points) if not isinstance(points, str) else 0 if fronts else MOST_EXITS)
+    k = 1 if settings.n_clusters == "auto" else settings.n_clusters
+    return exits * len(rule_classes(settings.rule.name)) * (k + 1)
+
+
+def warn_of_nothing(certificate: Certificate, stacklevel: int) -> None:
+    """One warning where nothing may exit early."""
+    if certificate.early == 0:
         warnings.warn(str(certificate), stacklevel=stacklevel + 1)

@@ -21,15 +21,15 @@ from ssl_exit.encoders.head import with_head
 from ssl_exit.encoders.inference import usable_device
 from ssl_exit.encoders.opaque import features_of
 from ssl_exit.encoders.repeatable import check_repeatable
-from ssl_exit.encoders.stages import MOST_EXITS, WIDEST
+from ssl_exit.encoders.stages import WIDEST
 from ssl_exit.encoders.tapped import TappedEncoder
 from ssl_exit.errors import InputError
 from ssl_exit.exits.across import AcrossExits
 from ssl_exit.exits.certificate import SettingCounts, certify
-from ssl_exit.exits.registry import build_rules, rule_classes
+from ssl_exit.exits.registry import build_rules
 from ssl_exit.exits.rules import ExitRule
 from ssl_exit.exits.thresholds import Recorded
-from ssl_exit.fitting.calibrate import Read, calibrate, hold_out, reader, split_held_out, work
+from ssl_exit.fitting.calibrate import Read, calibrate, hold_out, logits_per_image, reader, split_held_out, work
 from ssl_exit.fitting.count import Collected, collect
 from ssl_exit.fitting.front import TaughtFronts, sized_fronts, teach_fronts
 from ssl_exit.fitting.n_clusters import IMAGES, choose_n_clusters
@@ -147,15 +147,6 @@ def recalibrate(model: Model, source: ImageSource, settings: Settings) -> Model:
         model = model.recut()
     held = split_held_out(order, logits_per_image(model.settings))
     return calibrate(model, reader(source, settings, model.image_shape), held, settings)
-
-
-def logits_per_image(settings: Settings) -> int:
-    """Numbers that exits say of an image, at most."""
-    points = settings.exits.points
-    front = settings.front
-    fronts = 0 if front.kind == "none" else len(front.shares)
-    exits = fronts + (len(points) if not isinstance(points, str) else 0 if fronts else MOST_EXITS)
-    return exits * len(rule_classes(settings.rule.name)) * (settings.k + 1)
 
 
 def _check_repeatable(encoder: nn.Module, tapped: TappedEncoder, example: Tensor, settings: Settings) -> None:
