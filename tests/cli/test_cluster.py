@@ -2,6 +2,9 @@
 
 import csv
 import json
+import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -161,3 +164,36 @@ def test_too_few_images_are_said_before_the_work(image_folder, tmp_path, capsys,
         pytest.raises(SystemExit),
     ):
         main(["fit", "--data", str(image_folder), "--out", str(tmp_path / "model"), *OPTIONS[:-6], "--device", "cpu"])
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
+def test_progress_is_seen_on_a_terminal_and_nowhere_else(image_folder, tmp_path):
+    import pty
+
+    words = [
+        sys.executable,
+        "-c",
+        "from ssl_exit.cli import main; main()",
+        "fit",
+        "--data",
+        str(image_folder),
+        *OPTIONS,
+    ]
+    words += ["--batch-size", "8", "--out", str(tmp_path / "model")]
+    plain = subprocess.run(words, capture_output=True, text=True)
+    assert plain.returncode == 0
+    assert "%|" not in plain.stderr
+    ours, theirs = pty.openpty()
+    with subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=theirs) as run:
+        os.close(theirs)
+        seen = b""
+        try:
+            while block := os.read(ours, 4096):
+                seen += block
+        except OSError:  # the end, as Linux tells it
+            pass
+    os.close(ours)
+    assert run.returncode == 0
+    assert b"fit" in seen
+    assert b"100%|" in seen
+    assert b"img/s" in seen
