@@ -1,14 +1,13 @@
 """An encoder that torch.fx cannot trace: give its stages as a list of modules.
 
-uv run python examples/manual_stages.py
+uv run python examples/08_manual_stages.py
 """
 
 import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-from ssl_exit import ExitClusterer
-from ssl_exit.errors import InputError
+from ssl_exit import ExitClusterer, InputError
 
 
 class Adaptive(nn.Module):

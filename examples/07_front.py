@@ -1,4 +1,7 @@
-"""A front before an encoder that cannot be cut: here a function on NumPy arrays, as an ONNX session or a service is."""
+"""A front before an encoder that cannot be cut: here a function on NumPy arrays, as an ONNX session or a service is.
+
+uv run python examples/07_front.py
+"""
 
 import numpy as np
 from sklearn.datasets import load_digits
@@ -7,15 +10,16 @@ from torch import Tensor, tensor
 from ssl_exit import ExitClusterer, Front, Runtime
 
 digits = tensor(load_digits().images, dtype=Tensor().dtype)[:, None] / 16
-filters = np.random.default_rng(0).standard_normal((64, 256)).astype(np.float32)
+rng = np.random.default_rng(0)
+first, second = (rng.standard_normal(shape).astype(np.float32) for shape in ((64, 4096), (4096, 1024)))
 asked = 0
 
 
 def encoder(images: Tensor) -> np.ndarray:
-    """(N, 1, 8, 8) -> (N, 256)."""
+    """(N, 1, 8, 8) -> (N, 1024)."""
     global asked
     asked += len(images)
-    return np.maximum(images.numpy().reshape(len(images), -1) @ filters, 0)
+    return np.maximum(images.numpy().reshape(len(images), -1) @ first, 0) @ second
 
 
 front = Front("auto", width=16, epochs=15, mirror=False)  # digits must not be mirrored
