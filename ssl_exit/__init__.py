@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from ssl_exit.exits.rules import ExitRule
     from ssl_exit.settings import Calibration, Clusters, Exits, Front, Rule, Runtime
 
-__version__ = "0.4.0"
+__version__ = "0.5.0"
 __all__ = ["Calibration", "Clusters", "EncoderSpec", "ExitClusterer", "ExitRule", "Exits", "Front", "InputError",
            "Preprocessing", "Rule", "Runtime", "Transform", "__version__", "list_exits", "load"]  # fmt: skip
 

@@ -169,6 +169,7 @@ def test_too_few_images_are_said_before_the_work(image_folder, tmp_path, capsys,
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
 def test_progress_is_seen_on_a_terminal_and_nowhere_else(image_folder, tmp_path):
     import pty
+    import termios
 
     words = [
         sys.executable,
@@ -184,6 +185,7 @@ def test_progress_is_seen_on_a_terminal_and_nowhere_else(image_folder, tmp_path)
     assert plain.returncode == 0
     assert "%|" not in plain.stderr
     ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, 80))
     with subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=theirs) as run:
         os.close(theirs)
         seen = b""
