@@ -1,15 +1,12 @@
 """Exit points: the places of an encoder's graph at which exactly one tensor crosses.
 
-The encoder is traced with torch.fx and named as torchvision's feature extraction names nodes. A node is
-a legal exit point if, once it has run, it is the only value alive that depends on the images. A node that
-does not depend on them (a parameter, a constant made from parameters) belongs to every stage that uses it. What depends
-on their height and width only, such as rotary position embeddings, is computed once and is a constant of the stages.
+A node of the graph is a legal exit point if, once it has run, it is the only value alive that depends on the images. A
+node that does not depend on them (a parameter, a constant made from parameters) belongs to every stage that uses it.
+What depends on their height, width and number only, such as shapes and rotary position embeddings, is a constant of the
+stages.
 """
 
 import copy
-import inspect
-import sys
-import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,11 +17,14 @@ import torch
 from torch import Tensor, fx, nn
 
 from ssl_exit.encoders.chain import Chain
+from ssl_exit.encoders.constants import Constant, constant_of, tensor_in
 from ssl_exit.encoders.counting import NoFusedAttention, flop_counter
-from ssl_exit.encoders.head import Head
 from ssl_exit.encoders.huggingface import chained
 from ssl_exit.encoders.opaque import OpaqueEncoder
+from ssl_exit.encoders.tracing import ADVICE, first_line, symbolic_graph
 from ssl_exit.errors import InputError
+
+SHAPE_ONLY = {"size", "dim", "new_zeros", "new_ones", "new_full", torch.zeros_like, torch.ones_like, torch.full_like}
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,8 @@ class TracedEncoder:
         points: legal exit points, in the order in which they run.
         nodes: the graph node of each legal exit point.
         dependent: the nodes that depend on the images.
-        constants: values of nodes that depend on their height and width only; tensors are buffers of `root` by the
-            name `constant_name` gives.
+        constants: values of nodes that depend on their height, width and number only; tensors are buffers of `root` by
+            the name `constant_name` gives.
         macs: multiply-adds per image of the full encoder.
     """
 
@@ -64,7 +64,7 @@ class TracedEncoder:
     points: list[ExitPoint]
     nodes: list[fx.Node]
     dependent: set[fx.Node]
-    constants: dict[fx.Node, Any]
+    constants: dict[fx.Node, Constant]
     macs: int
 
     def resolve(self, name: str) -> int:
@@ -158,19 +158,23 @@ def trace(encoder: nn.Module | Sequence[nn.Module], example: Tensor) -> TracedEn
     if not isinstance(example, Tensor) or example.dim() < 2 or len(example) == 0:
         got = tuple(example.shape) if isinstance(example, Tensor) else type(example).__name__
         raise InputError(f"the example must be a tensor of images, (N, C, H, W), with N >= 1; got {got}")
+    one = example[:1]
+    another = 1 - one if one.is_floating_point() else one.flip(-1)
     with eval_mode(root):
-        graph, names = _symbolic_graph(root)
+        graph, names, read = symbolic_graph(root)
         dependent = _depends_on_images(graph)
-        module = fx.GraphModule(root, graph)
-        shaped = _depends_on_shape(graph, dependent)
-        two, three = (_Meter(module, shaped) for _ in range(2))
-        for meter, n in ((two, 2), (three, 3)):
-            meter.measure(example[:1].expand(n, *example.shape[1:]).clone())
-    constants = {node: value for node, value in two.values.items() if _same(value, three.values.get(node))}
+        module = fx.GraphModule(copied := _with_constants(root, read), graph)
+        two, three = (_Meter(module, _depends_on_shape(graph, dependent)) for _ in range(2))
+        for meter, images in ((two, one.repeat_interleave(2, 0)), (three, another.repeat_interleave(3, 0))):
+            try:
+                meter.measure(images)
+            except Exception as error:  # whatever the encoder's own code raises
+                raise _refusal(root, images, error) from error
+    found = {node: constant_of(two.values[node], three.values[node]) for node in dependent & two.values.keys()}
+    constants = {node: constant for node, constant in found.items() if constant and node.users}
     dependent -= constants.keys()
-    if tensors := {constant_name(node): value for node, value in constants.items() if isinstance(value, Tensor)}:
-        root = copy.copy(root)
-        root._buffers = {**root._buffers, **tensors}
+    tensors = {constant_name(node): tensor_in(constant.value) for node, constant in constants.items()}
+    root = _with_constants(copied, {name: tensor for name, tensor in tensors.items() if tensor is not None})
     macs = sum(flops for _, flops in two.seen.values()) // 4  # a multiply-add is two operations, and two images ran
     spent = 0
     points, nodes = [], []
@@ -183,6 +187,15 @@ def trace(encoder: nn.Module | Sequence[nn.Module], example: Tensor) -> TracedEn
             points.append(ExitPoint(names[node], shape[1:], spent / max(macs, 1)))
             nodes.append(node)
     return TracedEncoder(root, graph, names, points, nodes, dependent, constants, macs)
+
+
+def _with_constants(root: nn.Module, tensors: dict[str, Any]) -> nn.Module:
+    """A shallow copy with more buffers; the module itself if there are none."""
+    if not tensors:
+        return root
+    root = copy.copy(root)
+    root._buffers = {**root._buffers, **tensors}
+    return root
 
 
 def constant_name(node: fx.Node) -> str:
@@ -205,57 +218,6 @@ class eval_mode:
             module.training = mode
 
 
-def _symbolic_graph(root: nn.Module) -> tuple[fx.Graph, dict[fx.Node, str]]:
-    """The fx graph of a module with every optional input bound to its default, and its node names."""
-    parameters = list(inspect.signature(root.forward).parameters.values())
-    optional = [p for p in parameters[1:] if p.default is not inspect.Parameter.empty]
-    from torchvision.models.feature_extraction import NodePathTracer  # takes as long to import as torch
-
-    tracer = NodePathTracer(**_tracer_options(root))
-    try:
-        graph = tracer.trace(root, concrete_args={p.name: p.default for p in optional})
-    except Exception as error:  # fx re-raises whatever the encoder's own code met
-        frames = [f for f in traceback.extract_tb(error.__traceback__) if not _is_tracing_code(f.filename)]
-        where = f"{frames[-1].filename}, line {frames[-1].lineno}: {frames[-1].line}" if frames else "its own code"
-        raise InputError(
-            f"{type(root).__name__} cannot be traced by torch.fx: {error} (at {where}). Expected a forward() free of "
-            "control flow that depends on the images. Put a front before it (front='auto'), behind which it need not "
-            "be cut; or pass the stages as a list of modules, run in order"
-        ) from error
-    names = dict(tracer.node_to_qualname)
-    _, *bound = [node for node in graph.nodes if node.op == "placeholder"]
-    checks = [node for node in graph.nodes if "has been specialized" in str(node.args) and node.op == "call_function"]
-    conditions = [source for node in checks for source in node.all_input_nodes if source not in bound]
-    for node in [*checks, *conditions, *bound]:
-        graph.erase_node(node)
-        names.pop(node, None)
-    for node in graph.nodes:
-        if node.op == "output" and not isinstance(node.args[0], fx.Node):
-            raise InputError(f"the encoder must return one tensor; {type(root).__name__} returns {node.args[0]!r}")
-    return graph, {node: name for node, name in names.items() if node.op not in ("output", "placeholder")}
-
-
-def _is_tracing_code(filename: str) -> bool:
-    return any(
-        part in filename for part in ("torch/fx/", "torch/_", "torch/nn/modules/module", "ssl_exit/encoders/graph")
-    )
-
-
-def _tracer_options(root: nn.Module) -> dict[str, Any]:
-    """What torchvision, and timm where the encoder is timm's, hold to be leaves of the graph."""
-    from torchvision.models import feature_extraction
-
-    options: dict[str, Any] = feature_extraction._set_default_tracer_kwargs(None)
-    options["leaf_modules"] = [*options["leaf_modules"], Head]
-    if isinstance(root, Chain):
-        options["leaf_modules"] = [*options["leaf_modules"], *{type(m) for m in root.parts()}]
-    elif any(type(part).__module__.startswith("timm.") for part in root.modules()):
-        timm_layers = sys.modules["timm.layers"]
-        options["leaf_modules"] = [*options["leaf_modules"], *timm_layers.get_notrace_modules()]
-        options["autowrap_functions"] = tuple(timm_layers.get_notrace_functions())
-    return options
-
-
 def _depends_on_images(graph: fx.Graph) -> set[fx.Node]:
     dependent: set[fx.Node] = set()
     for node in graph.nodes:
@@ -269,20 +231,11 @@ def _depends_on_shape(graph: fx.Graph, dependent: set[fx.Node]) -> set[fx.Node]:
     shaped: set[fx.Node] = set()
     for node in graph.nodes:
         if node in dependent and node.op in ("call_function", "call_method", "call_module"):
-            reads = node.target is getattr and node.args[1] in ("shape", "ndim", "dtype", "device")
-            reads = reads or (node.op == "call_method" and node.target in ("size", "dim"))
-            if reads or all(source in shaped for source in node.all_input_nodes if source in dependent):
+            attribute = node.target is getattr and node.args[1] in ("shape", "ndim", "dtype", "device")
+            read = node.args[0] if node.args and (attribute or node.target in SHAPE_ONLY) else None
+            if all(source in shaped for source in node.all_input_nodes if source in dependent and source is not read):
                 shaped.add(node)
     return shaped
-
-
-def _same(one: Any, other: Any) -> bool:
-    """Whether values of batches of two sizes make a constant; types and devices do not, which a model changes."""
-    if isinstance(one, Tensor) and isinstance(other, Tensor):
-        return one.shape == other.shape and torch.equal(one, other)
-    if isinstance(one, (tuple, list)) and isinstance(other, (tuple, list)):
-        return len(one) == len(other) and all(map(_same, one, other)) and not any(isinstance(v, Tensor) for v in one)
-    return isinstance(one, (bool, int, float)) and one == other
 
 
 def _single_crossings(graph: fx.Graph, dependent: set[fx.Node]) -> set[fx.Node]:
@@ -302,33 +255,44 @@ def _single_crossings(graph: fx.Graph, dependent: set[fx.Node]) -> set[fx.Node]:
 
 
 class _Meter(fx.Interpreter):
-    """Runs a graph once and records, per node, the shape of its tensor and its floating-point operations; and the
-    values of some nodes."""
+    """Runs a graph once and records, per node, the shape of its tensor and its floating-point operations; and values
+    that may be constants: of some nodes, and all that are no tensors."""
 
     def __init__(self, module: fx.GraphModule, wanted: set[fx.Node]) -> None:
         super().__init__(module)
+        self.extra_traceback = False  # in the messages of errors
         self.wanted = wanted
         self.seen: dict[fx.Node, tuple[tuple[int, ...] | None, int]] = {}
         self.values: dict[fx.Node, Any] = {}
 
     def measure(self, images: Tensor) -> None:
-        try:
-            with torch.no_grad(), NoFusedAttention():
-                self.run(images)
-        except Exception as error:
-            raise InputError(
-                f"the encoder cannot take images of shape {tuple(images.shape[1:])} and dtype {images.dtype}: {error}. "
-                "Use images as the encoder expects them (size, channels, dtype)"
-            ) from error
+        with torch.no_grad(), NoFusedAttention():
+            self.run(images)
 
     def run_node(self, n: fx.Node) -> Any:
         with flop_counter() as counter:
             value = super().run_node(n)
         shape = tuple(value.shape) if isinstance(value, Tensor) and value.is_floating_point() else None
         self.seen[n] = (shape, counter.get_total_flops())
-        if n in self.wanted:
+        if n in self.wanted or not isinstance(value, Tensor):
             self.values[n] = value.clone() if isinstance(value, Tensor) else value
         return value
+
+
+def _refusal(root: nn.Module, images: Tensor, error: Exception) -> InputError:
+    """Why a graph does not run: the encoder itself does not take the images, or not the graph."""
+    try:
+        with torch.no_grad():
+            root(images.clone())
+    except Exception as own:  # whatever the encoder's own code raises
+        return InputError(
+            f"the encoder cannot take images of shape {tuple(images.shape[1:])} and dtype {images.dtype}: "
+            f"{first_line(own)}. Use images as the encoder expects them (size, channels, dtype)"
+        )
+    return InputError(
+        f"{type(root).__name__} cannot be cut: its graph, as torch.fx traces it, does not run on {len(images)} images "
+        f"({first_line(error)}). {ADVICE}"
+    )
 
 
 def stage_nodes(traced: TracedEncoder, exits: Sequence[fx.Node]) -> Iterator[list[fx.Node]]:

@@ -1,12 +1,14 @@
 """Splitting an encoder at exit points into stages that resume where the last one stopped."""
 
 import math
+import operator
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
 from torch import Tensor, fx, nn
 
+from ssl_exit.encoders.constants import PerImage
 from ssl_exit.encoders.graph import ExitPoint, TracedEncoder, as_module, constant_name, stage_nodes, trace
 from ssl_exit.encoders.opaque import OpaqueEncoder, multiply_adds
 from ssl_exit.errors import InputError
@@ -105,10 +107,21 @@ def _stage_module(traced: TracedEncoder, body: list[fx.Node]) -> nn.Module:
     images = graph.placeholder("x")
     copies.update(dict.fromkeys(entering, images))
 
+    def constant(value: Any, name: str) -> Any:
+        if isinstance(value, (tuple, list)):
+            return type(value)(constant(entry, name) for entry in value)
+        if isinstance(value, Tensor):
+            return graph.get_attr(name)
+        if not isinstance(value, PerImage):
+            return value
+        n = graph.call_method("size", (images, 0))
+        if isinstance(value.unit, Tensor):
+            return graph.call_method("expand", (graph.get_attr(name), n, *[-1] * (value.unit.dim() - 1)))
+        return graph.call_function(operator.mul, (n, value.unit))
+
     def copy(node: fx.Node) -> Any:
         if node in traced.constants and node not in copies:
-            value = traced.constants[node]
-            copies[node] = graph.get_attr(constant_name(node)) if isinstance(value, Tensor) else value
+            copies[node] = constant(traced.constants[node].value, constant_name(node))
         elif node not in copies:
             for source in node.all_input_nodes:
                 copy(source)

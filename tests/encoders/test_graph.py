@@ -1,5 +1,7 @@
 """Exit points: legal ones are found, others refused with advice."""
 
+import threading
+
 import pytest
 import pytorch_lightning as pl
 import timm
@@ -151,6 +153,66 @@ def test_more_than_one_output_is_refused():
 
     with pytest.raises(InputError, match="one tensor"):
         list_exits(Two(), IMAGES)
+
+
+class Cached(nn.Module):
+    """Computes something once from its parameters and keeps it, as levit and its kin do in timm."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)
+        self.biases, self.cache = nn.Parameter(torch.randn(4, 1, 1)), {}
+
+    def forward(self, x):
+        key = str(x.device)
+        if key not in self.cache:
+            self.cache[key] = self.biases * 2
+        return (self.second(self.first(x)) + self.cache[key]).mean((2, 3))
+
+
+@pytest.mark.parametrize("warm", [False, True])
+def test_what_a_forward_keeps_while_it_is_traced_does_not_stay(warm, rgb_digits):
+    encoder = Cached().eval()
+    if warm:
+        encoder(rgb_digits[:1])  # with gradients: what is kept is no leaf of autograd
+    attributes, cache = set(vars(encoder)), dict(encoder.cache)
+    for _ in range(2):
+        names = [point.name for point in list_exits(encoder, rgb_digits[:1])]
+        assert names == ["first", "second", "add"]
+        staged = split(encoder, names, rgb_digits[:1])
+        assert set(vars(encoder)) == attributes
+        assert encoder.cache == cache
+        with torch.no_grad():
+            assert torch.equal(staged(rgb_digits[:3]), Cached.forward(encoder, rgb_digits[:3]))
+        assert {id(p) for p in staged.parameters()} <= {id(p) for p in encoder.parameters()}
+        encoder.cache, cache = {}, {}
+
+
+def test_messages_say_what_to_do_and_not_what_tracing_said(rgb_digits):
+    class Locked(nn.Conv2d):
+        def __init__(self):
+            super().__init__(3, 4, 3)
+            self.lock = threading.Lock()
+
+    class Filled(nn.Module):
+        def forward(self, x):
+            x[:, 0] = 1
+            return x
+
+    for encoder, message in ((Locked(), "copy.deepcopy"), (Filled(), "front='auto'")):
+        with pytest.raises(InputError, match=message) as error:
+            list_exits(encoder, rgb_digits[:1])
+        assert "Proxy" not in str(error.value)
+        assert "\n" not in str(error.value)
+
+
+def test_a_graph_that_does_not_run_is_told_from_images_that_do_not_fit(rgb_digits):
+    class Typed(nn.Conv2d):
+        def forward(self, x):
+            return super().forward(x if isinstance(x, torch.Tensor) else x[:, :2])
+
+    with pytest.raises(InputError, match=r"Typed cannot be cut: its graph.*front='auto'"):
+        list_exits(Typed(3, 4, 3), rgb_digits[:1])
 
 
 def test_modes_of_the_encoder_are_left_alone():
