@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class Constant(NamedTuple):
-    """What depends on no pixel: a number, string, tensor, None or `PerImage`; or a tuple or list of those but tensors."""
+    """What depends on no pixel: a number, string, tensor, None, `PerImage`, or a tuple or list of all but tensors."""
 
     value: Any
 
