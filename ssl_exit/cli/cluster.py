@@ -89,10 +89,12 @@ def cluster(
         print(f"{summary}\n")
         run.note_labelled(images)
     labels = labels_in(where / "labels.csv")
+    written = ["report.html", "labels.csv", "report.json", "model"]
     if importlib.util.find_spec("pyarrow"):
         as_parquet(where / "labels.csv", where / "labels.parquet")
+        written.insert(2, "labels.parquet")
     evaluation, sample = evaluate_held_out(c, images, MOST)
     print(f"{evaluation.n} images held out from fitting:\n{evaluation_report(evaluation, c.certificate_)}")
     write_json(where / "report.json", evaluation.to_dict() | {"certificate": c.certificate_.to_dict()})
     write_report(where / "report.html", c.model_, sample, evaluation, labels)
-    print(f"\nwritten to {out}: report.html, labels.csv, report.json, model")
+    print(f"\nwritten to {out}: {', '.join(written)}")
