@@ -1,4 +1,4 @@
-"""A small zoo: architectures of many kinds are cut where one tensor crosses, and their stages compute what they compute."""
+"""A small zoo: architectures of many kinds are cut, and their stages compute what they compute."""
 
 import pytest
 import timm
