@@ -6,7 +6,7 @@
 Of every module of torchvision.models and timm.models the architecture with the fewest parameters, with random weights,
 to which noise is added so that layers which start at zero take part; and the vision models of transformers in tiny
 configurations. Images are noise, of the smallest size that the architecture takes. Each runs in a forked process and
-has 240 seconds. Printed are the exit points, how many of them lie between 1 and 95 % of the cost, how many "auto"
+has ten minutes. Printed are the exit points, how many of them lie between 1 and 95 % of the cost, how many "auto"
 chooses, and the cost of the first and the last below 1; the largest difference between all stages one after another and
 the encoder itself; how far the features of an image alone are from those in a batch, relative to their norm, in the
 encoder and in the stages; and how far those of the copy for inference are. What is done stands in data/zoo.jsonl;
@@ -16,9 +16,11 @@ started again, the script does what is missing.
 import argparse
 import json
 import multiprocessing
+import sysconfig
 import time
 import warnings
 from collections.abc import Iterator
+from importlib.metadata import version
 from multiprocessing.connection import Connection
 
 import timm
@@ -37,7 +39,7 @@ from ssl_exit.errors import InputError
 from ssl_exit.report.tables import text_table
 
 LOG, CHOSEN = ROOT / "data" / "zoo.jsonl", ROOT / "data" / "zoo-families.json"
-SECONDS = 240
+SECONDS = 600
 BATCH = 3
 SIZES = (32, 64, 96, 128, 160, 192, 224, 240, 256, 384)
 NOISE = 0.02
@@ -152,7 +154,7 @@ def examine(name: str) -> dict:
         facts |= {"rewritten": fast.channels_last}
         facts |= {"fast": far(fast.final_features(fast.enter(images)), tapped.final_features(images.clone()))}
     except InputError as error:
-        facts |= {"error": str(error)}
+        facts |= {"error": str(error).replace(sysconfig.get_path("purelib") + "/", "")}
     return facts | {"seconds": round(time.perf_counter() - start, 1)}
 
 
@@ -207,7 +209,8 @@ def main() -> None:
     header += ("alone, stages", "fast", "s", "why not")
     print("\n" + text_table(header, [row(*item) for item in figures.items()]))
     if len(figures) == len(chosen):
-        report("zoo", figures)
+        versions = {name: version(name) for name in ("timm", "transformers")}
+        report("zoo", {"versions": versions, "encoders": figures})
 
 
 if __name__ == "__main__":

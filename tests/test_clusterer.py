@@ -111,7 +111,7 @@ def test_calibrate_on_other_images_and_other_wishes(encoder, rgb_digits):
 
 def test_too_few_images_exit_nothing_and_say_why(encoder, rgb_digits):
     c = clusterer(encoder, max_disagreement=0.01, confidence=0.95)
-    with pytest.warns(UserWarning, match="no image may exit early: 60 held-out images.*at least 299"):
+    with pytest.warns(UserWarning, match=r"of 400 images 60 .* at least 299: give at least 1994 images"):
         c.fit(rgb_digits[:400])
     result = c.run(rgb_digits[400:500])
     assert (result.exits == len(c.exit_points_)).all()
@@ -180,7 +180,7 @@ def test_manual_stages_give_the_same_clusters(rgb_digits):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"n_clusters": 0}, r"n_clusters must be a whole number in \[1, inf\); got 0"),
+        ({"n_clusters": 0}, r"n_clusters must be a whole number in \[1, inf\) or 'auto'; got 0"),
         ({"n_clusters": 2.5}, "n_clusters must be a whole number"),
         ({"n_clusters": 500}, "n_clusters=500 and 80 points"),
         ({"batch_size": 0}, "batch_size"),

@@ -130,6 +130,7 @@ assert not [m for m in ("lightly", "pytorch_lightning", "matplotlib") if m in sy
 """
 
 
+@pytest.mark.slow
 def test_nothing_reaches_into_the_host(tmp_path):
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", PROGRAM, str(tmp_path / "model")], capture_output=True)
     assert done.returncode == 0, done.stderr.decode()
@@ -174,6 +175,7 @@ else:
 """
 
 
+@pytest.mark.slow
 def test_a_rule_of_the_users_travels_with_the_model(tmp_path):
     """Another process imports the module that defines it."""
     (tmp_path / "mine.py").write_text(

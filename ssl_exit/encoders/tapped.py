@@ -11,6 +11,7 @@ from ssl_exit.encoders.front import FrontDescriptor
 from ssl_exit.encoders.graph import eval_mode
 from ssl_exit.encoders.inference import PRECISIONS, for_inference
 from ssl_exit.encoders.stages import WIDEST, StagedEncoder, behind, split
+from ssl_exit.encoders.tracing import ADVICE
 from ssl_exit.errors import InputError
 
 
@@ -85,8 +86,8 @@ class TappedEncoder(nn.Module):
         staged = split(encoder, exits, example)
         if not staged.exit_points and exits == "auto":
             raise InputError(
-                "the encoder has no exit point between 5 % and 95 % of its cost; name exits yourself, see "
-                "list_exits(encoder, example)"
+                "the encoder has no exit point between 5 % and 95 % of its cost: more than one tensor is alive there. "
+                f"{ADVICE}; or name exits yourself, see list_exits(encoder, example)"
             )
         image = (example.shape[-2], example.shape[-1])
         shapes = [point.shape for point in staged.exit_points]

@@ -166,6 +166,7 @@ def test_too_few_images_are_said_before_the_work(image_folder, tmp_path, capsys,
         main(["fit", "--data", str(image_folder), "--out", str(tmp_path / "model"), *OPTIONS[:-6], "--device", "cpu"])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
 def test_progress_is_seen_on_a_terminal_and_nowhere_else(image_folder, tmp_path):
     import pty

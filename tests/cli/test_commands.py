@@ -215,6 +215,7 @@ def test_names_do_not_reach_the_terminal_as_they_are(model, image_folder, tmp_pa
     assert "\x1b" not in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_quiet_where_there_is_no_terminal(image_folder, tmp_path):
     command = [sys.executable, "-c", "from ssl_exit.cli import main; main()"]
     done = subprocess.run(

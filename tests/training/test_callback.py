@@ -17,7 +17,7 @@ from ssl_exit.exits.across import AcrossExits
 from ssl_exit.exits.registry import build_rules
 from ssl_exit.fitting.count import collect
 from ssl_exit.fitting.record import record
-from ssl_exit.settings import Clusters
+from ssl_exit.fitting.sample import Clustering
 from ssl_exit.training import CentroidExits
 from ssl_exit.training.callback import backbone_of, exit_metrics
 from tests.conftest import batches_of, untrained
@@ -118,7 +118,7 @@ def test_metrics_are_those_of_a_fit_to_the_same_images(rgb_digits):
     tapped = TappedEncoder.build(untrained("resnet20", rgb_digits), "auto", rgb_digits[:1])
     fit, measured = rgb_digits[:600], rgb_digits[800:]
     rules = build_rules("centroid", tapped.seen, 5)
-    collected = collect(tapped, [batches_of(fit, 100)], 600, rules, n_clusters=5, clusters=Clusters(), seed=3)
+    collected = collect(tapped, [batches_of(fit, 100)], 600, rules, Clustering(5, seed=3))
     recorded, _ = record(collected.fit(tapped, rules, AcrossExits(), 3), batches_of(measured, 100))
     metrics = exit_metrics(tapped, batches_of(rgb_digits, 100), 5, seed=3)
     for i, point in enumerate(tapped.staged.exit_points):

@@ -112,6 +112,7 @@ def test_keys_come_from_shuffled_groups_and_return_in_order(digits, monkeypatch)
     torch.testing.assert_close(module._keys(images)[0], torch.cat(expected)[order])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "exit_weight"), [("simclr", 1.0), ("moco", 0.0)])
 def test_training_makes_neighbours_of_one_class(digits, method, exit_weight):
     encoder, module = build(method, exit_weight=exit_weight, temperature=0.2)
