@@ -77,6 +77,7 @@ def test_streaming_beyond_the_sample_equals_all_at_once(encoder, rgb_digits, mon
     torch.testing.assert_close(streamed.weight, rule.weight, rtol=1e-2, atol=2e-3)
 
 
+@pytest.mark.slow
 def test_every_rule_and_descriptor_runs(encoder, rgb_digits):
     for rule in [*RULES, "centroid+sdn"]:
         options = {"epochs": 0} if rule in ("sdn", "branchynet", "eenet", "mlp", "centroid+sdn") else None
@@ -458,6 +459,7 @@ def test_bfloat16_answers_in_bfloat16_and_says_how_far_from_float32(encoder, rgb
         clusterer(encoder, precision="float16").fit(images)
 
 
+@pytest.mark.slow
 def test_compiled_full_batches_give_the_same(encoder, rgb_digits):
     """Stages at one shape: the flush is padded, and a batch of another size runs uncompiled."""
     exits = ["layer1.1", "layer2.1"]

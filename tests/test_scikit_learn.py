@@ -78,6 +78,14 @@ def test_weights_that_are_none_are_refused(weights, encoder, digits):
         ExitClusterer(encoder, 3, **QUIET).fit(digits[:400], sample_weight=weights)
 
 
+def test_weights_that_leave_k_means_nothing_are_refused(encoder, digits):
+    held = np.random.default_rng(0).permutation(400)[:80]
+    weights = np.isin(np.arange(400), held).astype(float)
+    with pytest.raises(InputError, match="0 for all images that k-means sees"):
+        ExitClusterer(encoder, 3, **QUIET).fit(digits[:400], sample_weight=weights)
+
+
+@pytest.mark.slow
 def test_a_grid_search_without_a_scorer_and_a_pipeline(encoder, digits):
     flat = digits.flatten(1).numpy()
     images = FunctionTransformer(lambda x: torch.from_numpy(x).reshape(-1, 1, 8, 8))

@@ -79,22 +79,25 @@ def cluster(
         if settings.front.kind == "auto" and settings.front.folder is None:
             settings = settings.nested(front={"folder": str(fronts)})
         c = ExitClusterer(spec, **settings.parameters(), preprocessing=preprocessing)
-        c.fit(images, images.targets if settings.clusters.supervised else None).save(where / "model")
+        c.fit(images, images.targets if settings.clusters.supervised else None)
+        run.note("model", images)
+        c.save(where / "model")
         list_skipped(c.skipped_, images.paths)
     shutil.rmtree(fronts, ignore_errors=True)
     print(f"{fit_summary(c.model_)}\n")
 
-    if not run.labelled(images):
+    if not (run.is_of("labels", images) and (where / "labels.csv").is_file()):
         _, summary = label_images(c, images, Path(folder), where / "labels.csv")
         print(f"{summary}\n")
-        run.note_labelled(images)
+        run.note("labels", images)
     labels = labels_in(where / "labels.csv")
     written = ["report.html", "labels.csv", "report.json", "model"]
     if importlib.util.find_spec("pyarrow"):
         as_parquet(where / "labels.csv", where / "labels.parquet")
         written.insert(2, "labels.parquet")
     evaluation, sample = evaluate_held_out(c, images, MOST)
-    print(f"{evaluation.n} images held out from fitting:\n{evaluation_report(evaluation, c.certificate_)}")
+    which = "held out from fitting" if run.is_of("model", images) else "of a folder that changed since the fit"
+    print(f"{evaluation.n} images {which}:\n{evaluation_report(evaluation, c.certificate_)}")
     write_json(where / "report.json", evaluation.to_dict() | {"certificate": c.certificate_.to_dict()})
     write_report(where / "report.html", c.model_, sample, evaluation, labels)
     print(f"\nwritten to {out}: {', '.join(written)}")

@@ -47,13 +47,13 @@ class ResumableFolder:
             self.content = {"asked": wanted}
             self._write()
 
-    def labelled(self, images: "ImageFiles") -> bool:
-        """Whether these images, as they are now, have their labels."""
-        return bool(self.content.get("labelled") == _digest(images) and (self.file.parent / "labels.csv").is_file())
+    def is_of(self, step: str, images: "ImageFiles") -> bool:
+        """Whether a step was done with these images, as they are now."""
+        return bool(self.content.get(step) == _digest(images))
 
-    def note_labelled(self, images: "ImageFiles") -> None:
-        """Remember that they have."""
-        self.content["labelled"] = _digest(images)
+    def note(self, step: str, images: "ImageFiles") -> None:
+        """Remember that a step was done with these images."""
+        self.content[step] = _digest(images)
         self._write()
 
     def _write(self) -> None:

@@ -31,7 +31,7 @@ PREFIXES = (
     "student.",
     "",
 )  # preferred, where several would do
-DEPTH = 3  # of mappings inside each other in which state dicts are looked for
+DEPTH = 6  # of mappings inside each other in which state dicts are looked for
 LISTED = 6  # prefixes that a message names
 
 # What checkpoints hold beside tensors and is only data: reading it calls nothing but the class, which keeps it.

@@ -147,6 +147,8 @@ def final_clusters(
         return FinalClusters.given(torch.tensor(clusters.centroids), sample.features, spherical=clusters.spherical)
     few = slice(Clustering(n_clusters).wanted)
     weights = None if weights is None else weights[few]
+    if weights is not None and not weights.any():
+        raise InputError("sample_weight is 0 for all images that k-means sees: fit() holds the others out")
     return FinalClusters.fit(sample.features[few], n_clusters, spherical=clusters.spherical, seed=seed, weights=weights)
 
 

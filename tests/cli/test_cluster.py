@@ -68,11 +68,12 @@ def test_it_goes_on_where_it_stopped(image_folder, tmp_path, capsys, monkeypatch
     main(words)
     main(words)  # only the page is written again
     assert (len(fits), len(runs)) == (1, 2)
-    capsys.readouterr()
+    assert "12 images held out from fitting" in capsys.readouterr().out
     time.sleep(0.01)
     (image_folder / "0" / "new.png").write_bytes(next((image_folder / "1").iterdir()).read_bytes())
     main(words)
     assert (len(fits), len(runs)) == (1, 3)
+    assert "12 images of a folder that changed since the fit" in capsys.readouterr().out
     assert len(rows(out / "labels.csv")) == 61
     for changed, name in (["-k", "4"], "settings"), (["--size", "16"], "preprocessing"):
         with pytest.raises(SystemExit):

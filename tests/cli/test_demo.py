@@ -9,6 +9,8 @@ from PIL import Image
 from ssl_exit import load
 from ssl_exit.cli import main
 
+pytestmark = pytest.mark.slow  # a training
+
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory):

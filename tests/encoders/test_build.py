@@ -203,7 +203,7 @@ def test_an_encoder_that_is_there_twice_under_unknown_names(tmp_path):
         EncoderSpec("resnet20_cifar", str(tmp_path / "w.pt"), prefix="third.").build()
 
 
-def test_a_checkpoint_of_dino_and_of_mae(tmp_path):
+def test_checkpoints_of_dino_vissl_and_mae(tmp_path):
     """Student and teacher side by side, the student's wrapped once more; the teacher is what DINO evaluates."""
     torch.manual_seed(2)
     student, teacher = resnet20_cifar(), resnet20_cifar()
@@ -214,6 +214,10 @@ def test_a_checkpoint_of_dino_and_of_mae(tmp_path):
     assert same(EncoderSpec("resnet20_cifar", str(tmp_path / "dino.pth")).build(), teacher)
     spec = EncoderSpec("resnet20_cifar", str(tmp_path / "dino.pth"), prefix="student.module.backbone.")
     assert same(spec.build(), student)
+    trunk = {f"_feature_blocks.{key}": value for key, value in student.state_dict().items()}
+    vissl = {"classy_state_dict": {"base_model": {"model": {"trunk": trunk, "heads": {}}}}, "iteration": 7}
+    torch.save(vissl, tmp_path / "vissl.torch")
+    assert same(EncoderSpec("resnet20_cifar", str(tmp_path / "vissl.torch")).build(), student)
     torch.save({"model": student.state_dict(), "args": arguments}, tmp_path / "mae.pth")
     assert same(EncoderSpec("resnet20_cifar", str(tmp_path / "mae.pth")).build(), student)
 

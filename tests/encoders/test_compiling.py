@@ -28,6 +28,7 @@ def gradients(tapped, images):
     return [p.grad.clone() for p in tapped.parameters()]
 
 
+@pytest.mark.slow
 def test_compiled_passes_equal_plain_ones(tapped, digits):
     images, twin = digits[:32], copy.deepcopy(tapped)
     expected = [*tapped(images), tapped.final_features(images), *gradients(tapped, images)]

@@ -123,6 +123,7 @@ def test_images_that_workers_fetch_ahead_come_in_the_same_order_after_a_stop(tmp
     assert seen == whole
 
 
+@pytest.mark.slow
 def test_what_it_writes_can_be_fitted_and_says_how_near_neighbours_are(tmp_path, capsys, image_folder):
     main(command(tmp_path / "run", "--epochs", "8", "--monitor-every", "4", "--monitor-share", "0.2"))
     assert "8 epochs; encoder written to" in capsys.readouterr().out
