@@ -6,6 +6,7 @@ import pickle
 import re
 import warnings
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path, PosixPath
@@ -15,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ssl_exit.errors import InputError
+from ssl_exit.errors import InputError, shown
 
 OWN_STAGES = re.compile(r"staged\.stages\.\d+\.")  # in checkpoints of `train`
 PREFIXES = (
@@ -32,6 +33,8 @@ PREFIXES = (
     "",
 )  # preferred, where several would do
 DEPTH = 6  # of mappings inside each other in which state dicts are looked for
+ENTRIES = 1_000_000  # of these mappings, one that is in several places counted in each
+LETTERS = 100  # of a name that count as one entry more
 LISTED = 6  # prefixes that a message names
 
 # What checkpoints hold beside tensors and is only data: reading it calls nothing but the class, which keeps it.
@@ -59,7 +62,7 @@ def read_state_dict(file: Path) -> dict[str, Tensor]:
     "teacher", "model", ...) under their names, those of "state_dict" under none; nothing in the file is executed.
 
     Raises:
-        InputError: the file is missing, truncated, or holds no tensors by name.
+        InputError: the file is missing, truncated, or holds no tensors by name, or more than a million entries.
     """
     try:
         if file.suffix == ".safetensors":
@@ -76,19 +79,38 @@ def read_state_dict(file: Path) -> dict[str, Tensor]:
         ) from error
     except Exception as error:
         raise InputError(f"weights file {str(file)!r} cannot be read: {error}; expected a state dict") from error
-    state = state.get("state_dict", state) if isinstance(state, Mapping) else {}
-    tensors = dict(_tensors(state, DEPTH)) if isinstance(state, Mapping) else {}
+    state = dict.get(state, "state_dict", state) if isinstance(state, dict) else state
+    tensors = _tensors(state, file) if isinstance(state, dict) else {}
     if not tensors:
         raise InputError(f"weights file {str(file)!r} holds no state dict (names to tensors)")
     return tensors
 
 
-def _tensors(state: Mapping[Any, Any], depth: int) -> Iterator[tuple[str, Tensor]]:
-    for key, value in state.items():
-        if isinstance(value, Tensor):
-            yield str(key), value
-        elif isinstance(value, Mapping) and depth > 1:
-            yield from ((f"{key}.{name}", tensor) for name, tensor in _tensors(value, depth - 1))
+def _tensors(state: dict[Any, Any], file: Path) -> dict[str, Tensor]:
+    """Tensors in dictionaries inside each other, by dotted names. Other mappings, such as omegaconf's, compute their
+    values where they are read, and hold none.
+
+    Raises:
+        InputError: too many entries.
+    """
+    tensors: dict[str, Tensor] = {}
+    walked, n_entries = [("", state, DEPTH)], 0
+    for prefix, mapping, depth in walked:
+        for key, value in dict.items(mapping):  # a file may give an OrderedDict another attribute of that name
+            name = f"{prefix}{key}" if isinstance(key, (str, int)) else ""
+            n_entries += 1 + len(name) // LETTERS
+            if n_entries > ENTRIES:
+                raise InputError(
+                    f"weights file {str(file)!r} holds more than {ENTRIES} entries, or names as long; expected the "
+                    "state dict of an encoder"
+                )
+            if not name:
+                continue
+            if isinstance(value, Tensor):
+                tensors[name] = value
+            elif isinstance(value, dict) and depth > 1:
+                walked.append((f"{name}.", value, depth - 1))
+    return tensors
 
 
 @contextmanager
@@ -160,10 +182,10 @@ def fill(
     missing = [key for key in missing if not key.endswith("num_batches_tracked")]
     misfits = _misfits(part, own)
     if missing or unexpected or misfits:
-        where = f" under {prefix!r}" if prefix else ""
+        where = f" under {shown(prefix)}" if prefix else ""
         raise InputError(
-            f"weights file {str(file)!r} does not fit {name}{where}: missing keys {missing}; unexpected keys "
-            f"{unexpected}; shapes and types {misfits}; {_prefixes(state, set(own))}"
+            f"weights file {str(file)!r} does not fit {name}{where}: missing keys {shown(missing)}; unexpected keys "
+            f"{shown(unexpected)}; shapes and types {shown(misfits)}; {_prefixes(state, set(own))}"
         )
     both = [key for key in own if key in part]
     if others := sorted({str(part[k].dtype) for k in both if part[k].dtype != own[k].dtype}):
@@ -173,27 +195,41 @@ def fill(
 
 def n_matching(encoder: nn.Module, file: Path) -> int:
     """How many of an encoder's keys a file has under one prefix."""
-    state, own = read_state_dict(file), set(encoder.state_dict())
-    return max((sum(p + key in state for key in own) for p in _parents(state)), default=0)
+    return max(_counts(read_state_dict(file), set(encoder.state_dict())).values())
 
 
 def _misfits(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> list[str]:
-    """Keys of both whose shapes or types differ, in words."""
-    both = [key for key in own if key in state]
+    """Keys of both whose shapes or types differ, or that are not dense, in words."""
+    kinds = {key: _kind(state[key]) for key in own if key in state}
+    words = [f"{key}: {kind}, not a dense tensor" for key, kind in kinds.items() if kind]
+    both = [key for key, kind in kinds.items() if not kind]
     shapes = [key for key in both if state[key].shape != own[key].shape]
-    words = [f"{key}: {tuple(state[key].shape)}, not {tuple(own[key].shape)}" for key in shapes]
+    words += [f"{key}: {tuple(state[key].shape)}, not {tuple(own[key].shape)}" for key in shapes]
     return words + [f"{k}: {state[k].dtype}, not {own[k].dtype}" for k in both if not _castable(state[k], own[k])]
+
+
+def _kind(tensor: Tensor) -> str:
+    """How a tensor holds its values where it does not do so densely, else ""."""
+    if tensor.is_meta or tensor.is_quantized:
+        return "meta" if tensor.is_meta else "quantized"
+    return "" if tensor.layout is torch.strided else str(tensor.layout)
 
 
 def _castable(stored: Tensor, own: Tensor) -> bool:
     """Whether weights of one type may fill those of another: floating point of 16 bits or more, or the same type."""
-    floats = stored.is_floating_point() and own.is_floating_point() and stored.element_size() > 1
+    floats = stored.dtype.is_floating_point and own.dtype.is_floating_point and stored.dtype.itemsize > 1
     return floats or stored.dtype == own.dtype
 
 
-def _parents(state: Mapping[str, Tensor]) -> set[str]:
-    """Every prefix under which keys are, the empty one too."""
-    return {key[: i + 1] for key in state for i, letter in enumerate(key) if letter == "."} | {""}
+def _counts(state: Mapping[str, Tensor], own: set[str]) -> Counter[str]:
+    """How many of the encoder's own keys are under each prefix, of usual prefixes also if none is."""
+    counts = Counter({prefix: 0 for prefix in PREFIXES if any(key.startswith(prefix) for key in state)})
+    depth = max((key.count(".") for key in own), default=0) + 1
+    for key in state:
+        parts = key.rsplit(".", depth)
+        tails = (".".join(parts[i:]) for i in range(len(parts)))
+        counts.update(key.removesuffix(tail) for tail in tails if tail in own)
+    return counts
 
 
 def _prefix(state: Mapping[str, Tensor], own: set[str], file: Path) -> str:
@@ -203,25 +239,26 @@ def _prefix(state: Mapping[str, Tensor], own: set[str], file: Path) -> str:
     Raises:
         InputError: two unusual ones are equal.
     """
+    counts = _counts(state, own)
 
     def merit(prefix: str) -> tuple[int, int, int]:
         usual = PREFIXES.index(prefix) if prefix in PREFIXES else len(PREFIXES)
-        return sum(prefix + key in state for key in own), -usual, -len(prefix)
+        return counts[prefix], -usual, -len(prefix)
 
-    best, second, *_ = *sorted(_parents(state), key=merit, reverse=True), ""
-    if merit(best)[0] == merit(second)[0] > 0 and best not in PREFIXES:
+    best, second, *_ = *sorted(counts, key=merit, reverse=True), ""
+    if counts[best] == counts[second] > 0 and best not in PREFIXES:
         raise InputError(
-            f"weights file {str(file)!r} holds the encoder under {best!r} and under {second!r}: name the one you want "
-            "(--weights-prefix)"
+            f"weights file {str(file)!r} holds the encoder under {shown(best)} and under {shown(second)}: name the one "
+            "you want (--weights-prefix)"
         )
     return best
 
 
 def _prefixes(state: Mapping[str, Tensor], own: set[str]) -> str:
     """Which prefixes hold how many of the encoder's keys, for a message."""
-    counts = {prefix: sum(prefix + key in state for key in own) for prefix in _parents(state)}
+    counts = _counts(state, own)
     best = sorted((p for p, count in counts.items() if count), key=lambda p: (-counts[p], p))[:LISTED]
     if not best:
-        return f"none of its {len(state)} keys, such as {next(iter(state))!r}, is one of the encoder's"
-    listed = ", ".join(f"{prefix!r} {counts[prefix]}" for prefix in best)
+        return f"none of its {len(state)} keys, such as {shown(next(iter(state)))}, is one of the encoder's"
+    listed = ", ".join(f"{shown(prefix)} {counts[prefix]}" for prefix in best)
     return f"of the encoder's {len(own)} keys it has under the prefix {listed}"

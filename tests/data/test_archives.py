@@ -12,7 +12,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset
 
 from ssl_exit import ExitClusterer, InputError, Preprocessing, Runtime, Transform, load
-from ssl_exit.data import items
+from ssl_exit.data import archives, items
 from ssl_exit.data.images import open_images
 from ssl_exit.encoders.small import digits_encoder
 from ssl_exit.training.run import seeded
@@ -116,6 +116,119 @@ def test_archives_that_are_none(tmp_path, encoded):
     pytest.importorskip("pyarrow")
     with pytest.raises(InputError, match="cannot be read as Parquet"):
         open_images(tmp_path / "c.parquet", PREPARE)
+
+
+def table(file, cells):
+    """A Parquet file with a column of images."""
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    parquet.write_table(pa.table({"img": cells}), file)
+    return open_images(file, PREPARE)
+
+
+def reasons(source) -> dict[int, str]:
+    """Why which images are unreadable."""
+    return {i: reason for batch in batches_of(source, range(len(source))) for i, reason in batch.skipped.items()}
+
+
+def test_cells_that_unpack_to_more_than_a_quarter_of_the_memory_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(archives, "memory", lambda: 4 * 10**6)
+    few = table(tmp_path / "few.parquet", [bytes(10_000)] * 50)
+    assert len(few) == 50
+    with pytest.raises(InputError, match="a quarter of the memory, or their images are"):
+        table(tmp_path / "many.parquet", [bytes(10_000)] * 200)
+    assert (tmp_path / "many.parquet").stat().st_size < 10**4
+    with pytest.raises(InputError, match="a quarter of the memory, or their images are"):
+        table(tmp_path / "nulls.parquet", [None] * 20_000)
+
+
+@pytest.mark.parametrize(
+    "cell",
+    [None, 5, b"", "", [b"x"], {"bytes": [1, 2]}, {"bytes": "0.png"}, {"bytes": 5, "path": None}, {"other": b"x"}],
+)
+def test_cells_that_are_no_images_are_unreadable(cell, tmp_path, encoded):
+    (tmp_path / "0.png").write_bytes(encoded["0000.png"])
+    source = table(tmp_path / "a.parquet", [cell] * 2)
+    assert reasons(source) == dict.fromkeys(range(2), "the cell holds neither the bytes nor the path of an image")
+    assert list(source.dataset.versions()) == ["-1", "-1"]
+
+
+def test_names_of_cells_that_are_no_text_are_not_shown(tmp_path, encoded):
+    source = table(tmp_path / "a.parquet", [{"bytes": encoded["0000.png"], "path": 5}])
+    assert not reasons(source)
+    assert source.paths == ["a.parquet/0"]
+
+
+def test_paths_that_are_no_text_are_unreadable(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    text = pa.Array.from_buffers(pa.string(), 1, pa.array([b"\xff.png"]).buffers())
+    assert "UnicodeDecodeError" in reasons(table(tmp_path / "a.parquet", text))[0]
+
+
+def test_fields_of_one_name_are_unreadable(tmp_path, encoded):
+    pa = pytest.importorskip("pyarrow")
+    fields = [pa.array([encoded["0000.png"]]), pa.array([[1, 2]])]
+    assert reasons(table(tmp_path / "a.parquet", pa.StructArray.from_arrays(fields, ["bytes", "bytes"])))
+
+
+def test_paths_that_leave_the_folder_of_the_parquet_file_are_unreadable(tmp_path, encoded):
+    inside, outside = tmp_path / "data" / "in.png", tmp_path / "out.png"
+    inside.parent.mkdir()
+    for file in (inside, outside):
+        file.write_bytes(encoded["0000.png"])
+    (tmp_path / "data" / "link.png").symlink_to(outside)
+    good = ["in.png", "./in.png", str(inside), "../data/in.png"]
+    bad = ["../out.png", str(outside), "link.png", "../data2/in.png"]
+    found = reasons(table(tmp_path / "data" / "a.parquet", [*good, *bad, "a\0b.png", "absent.png"]))
+    assert list(found) == [4, 5, 6, 7, 8, 9]
+    assert all(found[i].startswith("path outside the folder of the Parquet file: ") for i in range(4, 8))
+    assert "null byte" in found[8]
+    assert "no file" in found[9]
+    mapped = [{"bytes": None, "path": path} for path in ("in.png", "../out.png")]
+    assert list(reasons(table(tmp_path / "data" / "b.parquet", mapped))) == [1]
+
+
+def tar_of(file, *entries) -> None:
+    """A tar file of headers, changed and with the right checksum, each with its content."""
+    with open(file, "wb") as out:
+        for name, size, kind, content in entries:
+            header = bytearray(tarfile.TarInfo(name).tobuf(tarfile.GNU_FORMAT))
+            header[124:136] = tarfile.itn(size, 12, tarfile.GNU_FORMAT)
+            header[156:157] = kind
+            if kind == tarfile.GNUTYPE_SPARSE:
+                header[386:410] = tarfile.itn(0, 12, tarfile.GNU_FORMAT) + tarfile.itn(len(content), 12, 0)
+                header[483:495] = tarfile.itn(10**13, 12, tarfile.GNU_FORMAT)
+            header[148:156] = b" " * 8
+            header[148:156] = b"%06o\0 " % sum(header)
+            out.write(bytes(header) + content + bytes(-len(content) % 512))
+        out.write(bytes(1024))
+
+
+def test_tar_members_that_are_not_what_their_headers_say(tmp_path, encoded):
+    png = encoded["0000.png"]
+    good = ("good.png", len(png), tarfile.REGTYPE, png)
+    sparse = ("sparse.png", len(png), tarfile.GNUTYPE_SPARSE, png)
+    tar_of(tmp_path / "a.tar", sparse, good, ("huge.png", 10**13, tarfile.REGTYPE, png))
+    source = open_images(tmp_path / "a.tar", PREPARE)
+    assert source.paths == ["a.tar/sparse.png", "a.tar/good.png", "a.tar/huge.png"]
+    assert reasons(source) == dict.fromkeys((0, 2), "sparse, or reaches beyond the end of its shard")
+
+
+@pytest.mark.parametrize(
+    ("size", "kind"),
+    [
+        (-512, tarfile.REGTYPE),
+        (-512, tarfile.GNUTYPE_SPARSE),
+        (2**62, tarfile.GNUTYPE_LONGNAME),
+        (10**15, tarfile.XHDTYPE),
+    ],
+)
+def test_tar_headers_that_lie_are_one_clear_error(tmp_path, encoded, size, kind):
+    good = ("good.png", 8, tarfile.REGTYPE, b"no image")
+    tar_of(tmp_path / "a.tar", good, ("bad.png", size, kind, b"x"), good)
+    with pytest.raises(InputError, match="expected an uncompressed tar file"):
+        open_images(tmp_path / "a.tar", PREPARE)
 
 
 def test_hugging_face_datasets(encoded, folder):

@@ -3,7 +3,9 @@
 import argparse
 import json
 import re
+import tracemalloc
 import zipfile
+from collections import OrderedDict
 from pathlib import Path
 
 import omegaconf
@@ -15,6 +17,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ssl_exit import EncoderSpec, Preprocessing
+from ssl_exit.encoders import weights
 from ssl_exit.encoders.small import resnet18_cifar, resnet18_lightly, resnet18_sololearn, resnet20_cifar
 from ssl_exit.encoders.tapped import TappedEncoder
 from ssl_exit.errors import InputError
@@ -92,6 +95,54 @@ def test_a_file_that_grows_when_it_is_unpacked_is_refused(tmp_path):
         bomb.writestr("plain/data/99", bytes(10**7), zipfile.ZIP_DEFLATED)
     with pytest.raises(InputError, match="compressed entries, which torch never writes"):
         EncoderSpec("tests.encoders.test_build:tiny", str(tmp_path / "bomb.pt")).build()
+
+
+def test_long_names_take_no_more_memory_than_they_are_long(tmp_path):
+    state = {f"backbone.{key}": value for key, value in tiny().state_dict().items()}
+    torch.save(state | {"." * 20_000: torch.zeros(1)}, tmp_path / "w.pt")
+    tracemalloc.start()
+    try:
+        EncoderSpec("tests.encoders.test_build:tiny", str(tmp_path / "w.pt")).build()
+        assert tracemalloc.get_traced_memory()[1] < 10**7
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize(("last", "depth"), [(str, 3), (lambda i: (i,), 3), (lambda i: f"{i}" + "x" * 10_000, 1)])
+def test_files_that_describe_very_many_tensors_are_refused(tmp_path, monkeypatch, last, depth):
+    state = {last(i): torch.zeros(1) for i in range(20)}
+    for _ in range(depth - 1):
+        state = dict.fromkeys(map(str, range(20)), state)
+    torch.save({"state_dict": state}, tmp_path / "w.pt")
+    monkeypatch.setattr(weights, "ENTRIES", 1000)
+    with pytest.raises(InputError, match="holds more than 1000 entries"):
+        weights.read_state_dict(tmp_path / "w.pt")
+
+
+def test_messages_about_files_of_many_names_are_short(tmp_path):
+    torch.save({f"{'x' * 1000}{i}": torch.zeros(1) for i in range(100)}, tmp_path / "w.pt")
+    with pytest.raises(InputError, match="unexpected keys") as refused:
+        EncoderSpec("tests.encoders.test_build:tiny", str(tmp_path / "w.pt")).build()
+    assert len(str(refused.value)) < 3000
+
+
+@pytest.mark.parametrize(
+    ("change", "kind"),
+    [
+        (torch.Tensor.to_sparse, "torch.sparse_coo"),
+        (lambda x: x.to("meta"), "meta"),
+        (lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.qint8), "quantized"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_weights_that_are_not_dense_are_refused(tmp_path, change, kind):
+    state = {f"backbone.{key}": value for key, value in tiny().state_dict().items()}
+    other = {"head.weight": change(torch.zeros(2, 2))}
+    torch.save(state | other, tmp_path / "beside.pt")
+    EncoderSpec("tests.encoders.test_build:tiny", str(tmp_path / "beside.pt")).build()
+    torch.save(state | other | {"backbone.2.weight": change(state["backbone.2.weight"])}, tmp_path / "w.pt")
+    with pytest.raises(InputError, match=rf"\['2.weight: {kind}, not a dense tensor'\]"):
+        EncoderSpec("tests.encoders.test_build:tiny", str(tmp_path / "w.pt")).build()
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int8, torch.uint8, torch.bool, torch.float8_e4m3fn])
@@ -230,6 +281,33 @@ def test_hyper_parameters_that_are_only_data_are_read_past(tmp_path):
     known = set(torch.serialization.get_safe_globals())
     assert same(EncoderSpec("resnet20_cifar", str(tmp_path / "w.ckpt")).build(), encoder)
     assert set(torch.serialization.get_safe_globals()) == known
+
+
+@pytest.mark.parametrize("value", ["???", "${absent}", "${oc.env:ABSENT}", "${lr"])
+def test_configurations_whose_values_cannot_be_had_are_read_past(tmp_path, value):
+    config = omegaconf.OmegaConf.create({"lr": 0.1})
+    config._get_node("lr")._val = value
+    encoder = tiny()
+    torch.save({"state_dict": None, "model": encoder.state_dict(), "hyper_parameters": config}, tmp_path / "w.ckpt")
+    with pytest.raises(InputError, match="holds no state dict"):
+        EncoderSpec("tests.encoders.test_build:tiny", str(tmp_path / "w.ckpt")).build()
+    torch.save({"model": encoder.state_dict(), "hyper_parameters": config}, tmp_path / "w.ckpt")
+    assert weights.read_state_dict(tmp_path / "w.ckpt").keys() == {f"model.{key}" for key in encoder.state_dict()}
+    torch.save(config, tmp_path / "config.ckpt")
+    with pytest.raises(InputError, match="holds no state dict"):
+        weights.read_state_dict(tmp_path / "config.ckpt")
+
+
+def test_mappings_whose_methods_are_overwritten_are_read(tmp_path):
+    torch.save(OrderedDict(tiny().state_dict()), tmp_path / "w.pt")
+    overwritten = b"X\x05\x00\x00\x00itemsK\x03X\x03\x00\x00\x00getK\x03"
+    with zipfile.ZipFile(tmp_path / "w.pt") as plain, zipfile.ZipFile(tmp_path / "forged.pt", "w") as forged:
+        for entry in plain.infolist():
+            content = plain.read(entry)
+            if entry.filename.endswith("data.pkl"):
+                content = content.removesuffix(b".") + b"}(" + overwritten + b"ub."
+            forged.writestr(entry.filename, content)
+    assert weights.read_state_dict(tmp_path / "forged.pt").keys() == tiny().state_dict().keys()
 
 
 def test_options_of_timm():
