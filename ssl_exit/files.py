@@ -6,6 +6,7 @@ it.
 """
 
 import ctypes
+import hashlib
 import os
 import re
 import secrets
@@ -37,6 +38,12 @@ def check_file(file: Path) -> None:
     """
     if file.exists() and not file.is_file():
         raise InputError(f"{str(file)!r} exists and is no regular file; choose another name")
+
+
+def file_hash(file: Path) -> str:
+    """SHA-256 of a file's content."""
+    with file.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 @contextmanager

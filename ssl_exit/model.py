@@ -20,7 +20,7 @@ from ssl_exit.data.images import Batch
 from ssl_exit.data.preprocessing import AnyPreprocessing, Transform, saved_preprocessing
 from ssl_exit.encoders.build import EncoderSpec
 from ssl_exit.encoders.front import FrontDescriptor, FrontNetwork
-from ssl_exit.encoders.head import Head
+from ssl_exit.encoders.head import head_of
 from ssl_exit.encoders.inference import usable_device
 from ssl_exit.encoders.tapped import TappedEncoder
 from ssl_exit.errors import InputError, shown
@@ -96,9 +96,10 @@ class Model:
             watch: hash weights again only where a cheap look says that they changed (see `watched_hash`).
         """
         weights = (watched_hash if watch else module_hash)(self.encoder)
-        options = self.spec and not self.spec.imported and self.spec.options
+        options, head = self.spec and not self.spec.imported and self.spec.options, head_of(self.encoder)
+        beside = [*([options] if options else []), *([head.identity] if head else [])]
         return {
-            "encoder": settings_hash([weights, options]) if options else weights,
+            "encoder": settings_hash([weights, *beside]) if beside else weights,
             "preprocessing": settings_hash(self.preprocessing.to_dict() if self.preprocessing else None),
             "exits": settings_hash(
                 [
@@ -144,7 +145,7 @@ class Model:
             "encoder": {
                 "spec": spec and {"name": spec.name, "options": spec.options},
                 "class": type(self.encoder).__name__,
-                "head": any(isinstance(part, Head) for part in self.encoder.modules()),
+                "head": head_of(self.encoder) is not None,
                 "hash": self.cut_hash,
             },
             "settings": self.settings.to_dict(),

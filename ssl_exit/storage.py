@@ -13,20 +13,23 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from threading import get_ident
 from typing import Any
 
 import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_buffer_registration_hook, register_module_module_registration_hook
 
 from ssl_exit import __version__
 from ssl_exit.data.preprocessing import Transform
 from ssl_exit.encoders.build import EncoderSpec
 from ssl_exit.encoders.graph import as_module
 from ssl_exit.encoders.head import with_head
+from ssl_exit.encoders.huggingface import FAMILIES
 from ssl_exit.errors import InputError, shown
-from ssl_exit.files import atomic_folder, remove_abandoned, write_tensors
+from ssl_exit.files import atomic_folder, file_hash, remove_abandoned, write_tensors
 from ssl_exit.model import Model
 from ssl_exit.settings import Settings
 
@@ -34,6 +37,7 @@ FORMAT = 10
 WEIGHTS, EXITS, ABOUT = "encoder.safetensors", "exits.safetensors", "model.json"
 PATH_SETTINGS = 100  # of the threshold path that are saved
 MODEST = 256  # a number in options of an encoder that takes no time and memory to speak of
+MOST_BUFFERS = 1 << 24  # numbers in buffers that stand in no weights file, such as masks
 LONGEST = 1000  # letters of a message about what stands in a model
 
 
@@ -55,7 +59,7 @@ def save_model(folder: Path, model: Model) -> None:
     with atomic_folder(folder) as draft:
         for name, named in ((WEIGHTS, model.encoder.state_dict()), (EXITS, tensors)):
             write_tensors(draft / name, named)
-        about["sha256"] = {name: _sha256(draft / name) for name in (WEIGHTS, EXITS)}
+        about["sha256"] = {name: file_hash(draft / name) for name in (WEIGHTS, EXITS)}
         about["checksum"] = _checksum(about)
         (draft / ABOUT).write_text(json.dumps(about, indent=1) + "\n")
 
@@ -107,7 +111,7 @@ def _read_model(folder: Path, supplied: Supplied, device: str, changes: Mapping[
     network = None if encoder is None else copy.deepcopy(as_module(encoder)).cpu().eval()
     with _described_by(folder):
         for name in (WEIGHTS, EXITS):
-            if not (folder / name).is_file() or _sha256(folder / name) != about["sha256"][name]:
+            if not (folder / name).is_file() or file_hash(folder / name) != about["sha256"][name]:
                 raise InputError(f"model {str(folder)!r}: {name} is missing, truncated or changed since it was saved")
         spec = about["encoder"]["spec"] and EncoderSpec(**about["encoder"]["spec"])
         if spec and (spec.weights or spec.prefix):
@@ -124,7 +128,7 @@ def _read_model(folder: Path, supplied: Supplied, device: str, changes: Mapping[
                 + ("load(folder, head=that module or callable)" if head is None else "leave head out")
             )
         if head is not None:
-            network = with_head(network, copy.deepcopy(head) if isinstance(head, nn.Module) else head, settings.k)
+            network = with_head(network, head, settings.k)
         try:
             network.load_state_dict(weights)
         except RuntimeError as error:
@@ -157,6 +161,10 @@ def _built(
             f"model {str(folder)!r} asks to import and call {name!r}, which could run anything. If you know that code, "
             f"say so: load(folder, trust={name!r}) or --trust {name}; or pass the encoder: load(folder, encoder=...)"
         )
+    if name.startswith("transformers:") and name.partition(":")[2] not in FAMILIES:
+        raise ValueError(
+            f"{name!r} is none of the architectures that a model names"
+        )  # it would be looked for on the hub
     if spec.options and not spec.imported:
         shapes = {key: value.shape for key, value in weights.items()}
         under = {key.removeprefix("encoder."): shape for key, shape in shapes.items()}  # where a head stands on it
@@ -171,13 +179,42 @@ def _check_options(spec: EncoderSpec, shapes: Mapping[str, torch.Size]) -> None:
     Raises:
         ValueError: they do.
     """
-    largest = max(MODEST, len(shapes), *(side for shape in shapes.values() for side in shape))
+    sides = (side for shape in shapes.values() if shape.numel() for side in shape)
+    largest = max(MODEST, len(shapes), *sides)
     fits = all(_total(value) <= 4 * largest for value in (spec.options or {}).values())
     if fits:
-        with torch.device("meta"):
+        numbers = sum(shape.numel() for shape in shapes.values())
+        with torch.device("meta"), _bounded(20 * len(shapes) + 1000, 4 * numbers + MOST_BUFFERS):
             fits = all(shapes.get(key) == value.shape for key, value in spec.build().state_dict().items())
     if not fits:
         raise ValueError(f"the weights are not those of {spec.name} with {shown(spec.options)}")
+
+
+@contextmanager
+def _bounded(n_modules: int, n_numbers: int) -> Iterator[None]:
+    """Refuse to make more modules, or numbers in buffers, than so many in here.
+
+    Raises:
+        ValueError: there are more.
+    """
+    room, thread = {"modules": n_modules, "numbers in buffers": n_numbers}, get_ident()
+
+    def take(what: str, count: int) -> None:
+        room[what] -= count if get_ident() == thread else 0
+        if room[what] < 0:
+            raise ValueError(f"its options ask for more {what} than its weights could fill")
+
+    hooks = (
+        register_module_module_registration_hook(lambda *new: take("modules", 1)),
+        register_module_buffer_registration_hook(
+            lambda *new: take("numbers in buffers", 0 if new[2] is None else new[2].numel())
+        ),
+    )
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _total(value: Any) -> float:
@@ -238,11 +275,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, np.generic):
         return value.item()
     raise InputError(f"{value!r} cannot be saved: parameters must be numbers, strings or lists of them")
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def _checksum(about: dict[str, Any]) -> str:

@@ -69,10 +69,12 @@ def test_weights_decide_what_k_means_finds(encoder, digits):
         fitted = np.setdiff1d(np.arange(450), held)
         ours = KMeans(3, init=weighted, n_init=1, max_iter=1).fit(encoder(images[fitted]).double().numpy())
     np.testing.assert_allclose(ours.cluster_centers_, weighted, atol=0.02)  # a fixed point of Lloyd's steps
-    assert np.array_equal(c.fit(images, sample_weight=np.full(900, 2.0)).cluster_centers_, all_alike)
+    for each in (2.0, 3e38, 1e-300):
+        assert np.array_equal(c.fit(images, sample_weight=np.full(900, each)).cluster_centers_, all_alike)
+    assert np.array_equal(c.fit(images, sample_weight=np.where(some, 1, 1e-42)).cluster_centers_, weighted)
 
 
-@pytest.mark.parametrize("weights", [np.ones(5), -np.ones(400), np.zeros(400), np.full(400, np.nan)])
+@pytest.mark.parametrize("weights", [np.ones(5), -np.ones(400), np.zeros(400), np.full(400, np.nan), ["a"] * 400])
 def test_weights_that_are_none_are_refused(weights, encoder, digits):
     with pytest.raises(InputError, match="sample_weight must hold one finite number >= 0 for each of the 400 images"):
         ExitClusterer(encoder, 3, **QUIET).fit(digits[:400], sample_weight=weights)

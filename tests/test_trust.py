@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from ssl_exit import EncoderSpec, InputError, load, storage
 from ssl_exit.cli import main
 from ssl_exit.encoders.small import digits_encoder
+from ssl_exit.files import file_hash
 from tests import conftest
 
 SETTINGS = {"max_disagreement": 0.2, "confidence": 0.5}
@@ -42,6 +43,10 @@ def forge(model, change):
     change(about)
     about["checksum"] = storage._checksum(about)
     (model / "model.json").write_text(json.dumps(about))
+
+
+def named_library(model) -> bool:
+    return any(prefix in (model / "model.json").read_text() for prefix in ("timm:", "transformers:"))
 
 
 def named(spec):
@@ -115,12 +120,14 @@ def test_predict_and_evaluate_do_not_import_from_the_current_folder(model, image
         lambda about: about.update(fronts=[{"network": {"channels": 1, "width": 10**6}, "image_shape": [1, 8, 8]}]),
         lambda about: about["encoder"].update(spec={"name": "timm:no_such_model"}),
         lambda about: about["encoder"].update(spec=["list"]),
+        lambda about: about["encoder"].update(spec={"name": "transformers:no_such/model"}),
+        lambda about: about["encoder"].update(spec={"name": "transformers:.", "options": {"hidden_size": 8}}),
     ],
 )
 def test_a_forged_description_is_one_clear_error(model, change):
     forge(model, change)
     with pytest.raises(InputError) as refused:
-        load(model, encoder=None if "no_such" in (model / "model.json").read_text() else digits_encoder())
+        load(model, encoder=None if named_library(model) else digits_encoder())
     assert len(str(refused.value)) < 1000
 
 
@@ -138,7 +145,7 @@ def test_forged_tensors_are_one_clear_error(model, change, digits):
     tensors = load_file(model / storage.EXITS)
     change(tensors)
     save_file({name: value.contiguous() for name, value in tensors.items()}, model / storage.EXITS)
-    sha256 = storage._sha256(model / storage.EXITS)
+    sha256 = file_hash(model / storage.EXITS)
     forge(model, lambda about: about["sha256"].update({storage.EXITS: sha256}))
     with pytest.raises(InputError):
         load(model, encoder=digits_encoder(), device="cpu").predict(digits[900:])
@@ -156,6 +163,20 @@ def test_what_else_decides_a_label_is_part_of_the_certificate(digits, tmp_path):
     forge(tmp_path / "model", lambda about: about["fronts"][0]["network"].update(depth=10**18))
     with pytest.raises(InputError, match="its weights are not those of"):
         load(tmp_path / "model", encoder=digits_encoder(), device="cpu")
+
+
+def test_options_of_an_encoder_are_bounded_by_its_weights():
+    shapes = {"weight": torch.Size([8, 8]), "nothing": torch.Size([10**9, 0])}
+    spec = EncoderSpec("timm:vit_tiny_patch16_224", options={"depth": 60_000})
+    with pytest.raises(ValueError, match="the weights are not those of"):
+        storage._check_options(spec, shapes)
+    with storage._bounded(3, 100):
+        torch.nn.Sequential(torch.nn.Identity(), torch.nn.Identity())
+    with pytest.raises(ValueError, match="more modules than"), storage._bounded(3, 100):
+        torch.nn.Sequential(*[torch.nn.Identity() for _ in range(4)])
+    with pytest.raises(ValueError, match="more numbers in buffers"), storage._bounded(3, 100):
+        torch.nn.Module().register_buffer("mask", torch.empty(101, device="meta"), persistent=False)
+    torch.nn.Sequential(*[torch.nn.Identity() for _ in range(4)])
 
 
 def test_a_deeply_nested_description_is_one_clear_error(model):

@@ -55,6 +55,7 @@ def cluster(
     from ssl_exit.cli.resume import ResumableFolder
     from ssl_exit.clusterer import ExitClusterer, load
     from ssl_exit.data.images import open_files
+    from ssl_exit.files import file_hash
     from ssl_exit.report.label_file import as_parquet, labels_in
     from ssl_exit.report.page import write_report
     from ssl_exit.report.tables import evaluation_report, fit_summary
@@ -66,14 +67,20 @@ def cluster(
     preprocessing = preprocessing_for(spec, size=size, mean=mean, std=std, crop=crop)
     runtime = settings.runtime
     images = open_files(Path(folder), preprocessing, runtime.max_pixels, runtime.image_key)
-    run = ResumableFolder(where, {
-        "settings": settings.to_dict(), "folder": str(Path(folder).resolve()), "encoder": encoder, "weights": weights,
-        "weights_prefix": weights_prefix, "encoder_options": encoder_options, "preprocessing": preprocessing.to_dict(),
-    })  # fmt: skip
+    content = file_hash(Path(weights)) if weights and Path(weights).is_file() else None
+    asked = {
+        "settings": settings.to_dict(),
+        "folder": str(Path(folder).resolve()),
+        "encoder": encoder,
+        "encoder_options": encoder_options,
+        "weights": [weights, weights_prefix, content],
+        "preprocessing": preprocessing.to_dict(),
+    }
+    run = ResumableFolder(where, asked)
 
     fronts = where / "fronts"  # checkpoints
     if (where / "model").is_dir():
-        c = load(where / "model", device=settings.device, trust=spec.name)
+        c = load(where / "model", device=settings.device, trust=spec.name, compile=runtime.compile)
         c.set_params(runtime__num_workers=runtime.num_workers, runtime__progress=runtime.progress)
     else:
         if settings.front.kind == "auto" and settings.front.folder is None:
@@ -86,17 +93,19 @@ def cluster(
     shutil.rmtree(fronts, ignore_errors=True)
     print(f"{fit_summary(c.model_)}\n")
 
-    if not (run.is_of("labels", images) and (where / "labels.csv").is_file()):
+    model = c.model_.hashes()
+    if not (run.is_of("labels", images, model) and (where / "labels.csv").is_file()):
         _, summary = label_images(c, images, Path(folder), where / "labels.csv")
         print(f"{summary}\n")
-        run.note("labels", images)
+        run.note("labels", images, model)
     labels = labels_in(where / "labels.csv")
     written = ["report.html", "labels.csv", "report.json", "model"]
     if importlib.util.find_spec("pyarrow"):
         as_parquet(where / "labels.csv", where / "labels.parquet")
         written.insert(2, "labels.parquet")
     evaluation, sample = evaluate_held_out(c, images, MOST)
-    which = "held out from fitting" if run.is_of("model", images) else "of a folder that changed since the fit"
+    which = "held out from fitting" if settings.calibration.holdout else "that were fitted"
+    which = which if run.is_of("model", images) else "of a folder that changed since the fit"
     print(f"{evaluation.n} images {which}:\n{evaluation_report(evaluation, c.certificate_)}")
     write_json(where / "report.json", evaluation.to_dict() | {"certificate": c.certificate_.to_dict()})
     write_report(where / "report.html", c.model_, sample, evaluation, labels)

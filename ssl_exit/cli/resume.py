@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from ssl_exit.data.image_files import ImageFiles
 
 ABOUT = "run.json"
-ANYHOW = ("device", "runtime")  # settings that may differ when a run is continued
+ANYHOW = ("device", "num_workers", "progress", "compile")  # settings that may differ when a run is continued
 
 
 class ResumableFolder:
@@ -28,10 +28,9 @@ class ResumableFolder:
     """
 
     def __init__(self, folder: Path, asked: Mapping[str, Any]) -> None:
-        settings = {name: value for name, value in asked["settings"].items() if name not in ANYHOW}
-        wanted = json.loads(json.dumps({**asked, "settings": settings}))
+        wanted = json.loads(json.dumps({**asked, "settings": _lasting(asked["settings"])}))
         self.file = folder / ABOUT
-        if self.file.is_file():
+        if self.file.is_file() and any(file != self.file for file in folder.iterdir()):
             try:
                 self.content = json.loads(self.file.read_text())
                 before = self.content["asked"]
@@ -41,19 +40,19 @@ class ResumableFolder:
                 raise InputError(
                     f"{str(folder)!r} holds results of other {', '.join(changed)}; choose a new folder (--out)"
                 )
-        elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        elif folder.exists() and (not folder.is_dir() or any(file != self.file for file in folder.iterdir())):
             raise InputError(f"{str(folder)!r} exists and holds something else; choose a new folder (--out)")
         else:
             self.content = {"asked": wanted}
             self._write()
 
-    def is_of(self, step: str, images: "ImageFiles") -> bool:
-        """Whether a step was done with these images, as they are now."""
-        return bool(self.content.get(step) == _digest(images))
+    def is_of(self, step: str, images: "ImageFiles", by: Any = None) -> bool:
+        """Whether a step was done with these images, as they are now, by the same model, told by its hashes."""
+        return bool(self.content.get(step) == _digest(images, by))
 
-    def note(self, step: str, images: "ImageFiles") -> None:
-        """Remember that a step was done with these images."""
-        self.content[step] = _digest(images)
+    def note(self, step: str, images: "ImageFiles", by: Any = None) -> None:
+        """Remember that a step was done with these images, by a model of these hashes."""
+        self.content[step] = _digest(images, by)
         self._write()
 
     def _write(self) -> None:
@@ -61,8 +60,14 @@ class ResumableFolder:
             draft.write_text(json.dumps(self.content, indent=1) + "\n")
 
 
-def _digest(images: "ImageFiles") -> str:
-    digest = hashlib.sha256()
+def _lasting(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings, grouped, without those that may differ when a run is continued."""
+    kept = {name: value for name, value in settings.items() if name not in ANYHOW}
+    return {name: _lasting(value) if isinstance(value, Mapping) else value for name, value in kept.items()}
+
+
+def _digest(images: "ImageFiles", by: Any) -> str:
+    digest = hashlib.sha256(json.dumps(by, sort_keys=True).encode())
     for path, version in zip(images.paths, images.versions(), strict=True):
         digest.update(f"{path}\0{version}\0".encode(errors="surrogateescape"))
     return digest.hexdigest()

@@ -6,6 +6,8 @@ import numpy as np
 
 from ssl_exit.errors import InputError
 
+NEGLIGIBLE = 1e-12  # FAISS divides by sums of weights
+
 
 def checked_classes(y: Any, n: int, n_classes: int) -> np.ndarray:
     """Classes of n images, (n,) int64, from 0 to n_classes - 1; InputError if they are anything else."""
@@ -20,8 +22,13 @@ def checked_classes(y: Any, n: int, n_classes: int) -> np.ndarray:
 
 
 def checked_weights(sample_weight: Any, n: int) -> np.ndarray:
-    """Weights of n images, (n,) float32; InputError if they are anything else."""
-    weights = np.asarray(sample_weight, dtype=np.float32)
+    """Weights of n images / the largest, (n,) float32, where less than 1e-12 counts as 0; InputError if they are
+    anything else."""
+    try:
+        weights = np.asarray(sample_weight, dtype=np.float64)
+    except (TypeError, ValueError):
+        weights = np.empty(0)
     if weights.shape != (n,) or not np.isfinite(weights).all() or weights.min() < 0 or not weights.any():
         raise InputError(f"sample_weight must hold one finite number >= 0 for each of the {n} images, not all 0")
-    return weights
+    weights = weights / weights.max()
+    return np.where(weights < NEGLIGIBLE, 0, weights).astype(np.float32)

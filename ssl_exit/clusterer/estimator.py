@@ -19,6 +19,7 @@ from ssl_exit.data.items import each_image, unsized
 from ssl_exit.data.reading import parts, read, warn_of_skipped
 from ssl_exit.encoders.build import EncoderSpec
 from ssl_exit.encoders.graph import as_module
+from ssl_exit.encoders.head import head_of
 from ssl_exit.errors import InputError
 from ssl_exit.exits.audit import DriftAudit
 from ssl_exit.exits.final import FinalClusters
@@ -118,7 +119,7 @@ class ExitClusterer(ClusterMixin, Fitted):
         """
         settings = self.settings()
         source = self._open(data)
-        learnt = y is not None and settings.clusters.supervised
+        learnt = y is not None and settings.clusters.supervised and head_of(self.encoder) is None  # it has its own
         classes = checked_classes(y, len(source), settings.k) if learnt else None
         weights = None if sample_weight is None else checked_weights(sample_weight, len(source))
         spec = self.encoder if isinstance(self.encoder, EncoderSpec) else None

@@ -1,13 +1,14 @@
 """The parameters of the estimator: names, defaults, nested names, and checks."""
 
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import KW_ONLY, dataclass, fields, replace
 from numbers import Number
 from typing import Any, Self
 
 import numpy as np
 import torch
-from sklearn.base import BaseEstimator
+from sklearn.base import BaseEstimator, clone
 from torch import nn
 
 from ssl_exit.data.preprocessing import Preprocessing, Transform
@@ -41,6 +42,12 @@ class Parameters(BaseEstimator):
     calibration: Calibration | str = _DEFAULT.calibration
     runtime: Runtime = _DEFAULT.runtime
     preprocessing: Preprocessing | Transform | None = None
+
+    def __sklearn_clone__(self) -> Self:
+        """scikit-learn's clone; a fitted k-means or head stays fitted, since it is the parameter."""
+        kept = ("n_clusters", "clusters")
+        own = self.get_params(deep=False)
+        return type(self)(**{k: deepcopy(v) if k in kept else clone(v, safe=False) for k, v in own.items()})
 
     def get_params(self, deep: bool = True) -> dict[str, Any]:
         """Parameters by name; with `deep`, the fields of groups too, as "rule__name"."""

@@ -134,6 +134,12 @@ class Transform:
     name: str
     function: Callable[[Image.Image], Tensor] = field(compare=False)
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not callable(self.function):
+            raise InputError(
+                f"a Transform is a name and a function of a PIL image; got {self.name!r}, {self.function!r}"
+            )
+
     def __call__(self, image: Image.Image | Tensor) -> Tensor:
         """One PIL image, or uint8 pixels, (C, H, W) or (N, C, H, W), each as a PIL image.
 
@@ -170,6 +176,8 @@ def saved_preprocessing(saved: Mapping[str, Any] | None, transform: Transform | 
         InputError: it is missing, or another.
     """
     name = saved.get("transform") if saved else None
+    if not isinstance(transform, (Transform, type(None))):
+        raise InputError(f"transform must be Transform({name or 'its name'!r}, function); got {transform!r:.80}")
     if name is None and transform is None:
         return Preprocessing(**saved) if saved else None
     if transform is None or name != transform.name:

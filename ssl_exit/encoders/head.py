@@ -4,6 +4,7 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
+import joblib
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -28,19 +29,31 @@ class Head(nn.Module):
         super().__init__()
         self.function, self.n_labels = function, n_labels
 
+    @property
+    def identity(self) -> str:
+        """What a certificate knows of it beside the weights of a module: a hash of a classifier's fitted state, or the
+        name of any other callable."""
+        if isinstance(self.function, nn.Module):
+            return "module"
+        if is_classifier(self.function):
+            return joblib.hash(self.function)
+        named = self.function if hasattr(self.function, "__qualname__") else type(self.function)
+        return f"{named.__module__}.{named.__qualname__}"
+
     def forward(self, features: Tensor) -> Tensor:
         """Features, (N, F), to logits, (N, K); NaN where a feature is not finite.
 
         Raises:
-            InputError: features of another shape, or an answer that is neither.
+            InputError: features of another shape, an answer that is neither, or a callable that fails.
         """
         if features.dim() != 2:
             raise InputError(
                 f"a head takes features, (N, F); the encoder gives {tuple(features.shape)}: add its pooling to it"
             )
-        if isinstance(self.function, nn.Module):
-            return self._logits(self.function(features), len(features))
         finite = features.isfinite().all(1)
+        if isinstance(self.function, nn.Module):
+            answer = self._logits(self.function(features), len(features))
+            return torch.where(finite[:, None], answer, float("nan"))
         rows = features[finite].detach().cpu().float()
         answer = self._logits(self._called(rows), len(rows)).to(features)
         logits = features.new_full((len(features), answer.shape[1]), float("nan"))
@@ -48,11 +61,16 @@ class Head(nn.Module):
         return logits
 
     def _called(self, features: Tensor) -> Any:
-        probabilities = getattr(self.function, "predict_proba", None)
-        if probabilities is None:
-            return self.function(features)
-        width = len(self.function.classes_)  # type: ignore[attr-defined]
-        found = probabilities(features.numpy()) if len(features) else torch.empty(0, width)
+        try:
+            if not is_classifier(self.function):
+                return self.function(features)
+            function: Any = self.function
+            found = (
+                function.predict_proba(features.numpy()) if len(features) else torch.empty(0, len(function.classes_))
+            )
+        except Exception as error:  # of any type: it is the user's code
+            reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+            raise InputError(f"the head fails on features of shape {tuple(features.shape)} ({reason})") from error
         return torch.as_tensor(found).clamp(min=1e-12).log()
 
     def _logits(self, answer: Any, n: int) -> Tensor:
@@ -74,9 +92,20 @@ class Head(nn.Module):
         return result
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Head":
-        """Copies share a callable that is no module: it may be a session or a client."""
-        own = isinstance(self.function, nn.Module)
+        """Copies share a callable that is neither module nor classifier: it may be a session or a client."""
+        own = isinstance(self.function, nn.Module) or is_classifier(self.function)
         return Head(copy.deepcopy(self.function, memo) if own else self.function, self.n_labels)
+
+
+def is_classifier(function: Any) -> bool:
+    """Whether it is a classifier of scikit-learn, fitted or not."""
+    return not isinstance(function, nn.Module) and hasattr(function, "predict_proba")
+
+
+def head_of(encoder: Any) -> Head | None:
+    """The head that stands on an encoder, if there is one."""
+    parts = encoder.modules() if isinstance(encoder, nn.Module) else ()
+    return next((part for part in parts if isinstance(part, Head)), None)
 
 
 class Headed(nn.Module):
@@ -91,8 +120,8 @@ class Headed(nn.Module):
 
 
 def with_head(encoder: nn.Module, head: Callable[[Any], Any], n_labels: int | None = None) -> nn.Module:
-    """An encoder, out of `as_module`, and a head as one module that is cut as the encoder is."""
-    last = Head(head, n_labels)
+    """An encoder, out of `as_module`, and a copy of a head as one module that is cut as the encoder is."""
+    last = copy.deepcopy(Head(head, n_labels))
     if isinstance(encoder, Chain):
         return Chain({name: encoder.get_submodule(name) for name in encoder.order} | {"head": last})
     headed = Headed(encoder, last)

@@ -14,6 +14,8 @@ NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
+@torch.inference_mode(False)  # a parameter made in it cannot be moved to another device and used there
+@torch.no_grad()
 def for_inference(stage: nn.Module, dtype: torch.dtype, *, rewrite: bool) -> nn.Module:
     """A copy of a stage in eval mode.
 

@@ -87,7 +87,7 @@ def fit(
         _check_repeatable(encoder, bare, example, settings)
         untaught = sized_fronts(bare, example, settings)
         _check_fronts(cut(points, settings.exits.descriptor, settings.exits.accumulate, untaught), settings)
-        cache = CachedImages(source, shape, settings.front.side)
+        cache = CachedImages(source, shape, max(shape[1:]) if settings.front.match else settings.front.side)
         taught = teach_fronts(untaught, bare, images(fitted, "fit"), cache, settings, clustering, classes)
         assert taught.assigned is not None
         clustering = replace(clustering, final=taught.assigned.final)

@@ -2,7 +2,7 @@
 
 import copy
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -39,6 +39,7 @@ class Assigned:
         soft: its soft assignments, where wanted the mean over the image and its mirror image, (N, K) float16; rows of
             other images are 0.
         labels: (N,) int64; -1 for other images.
+        sample: final features that set the scale of soft assignments, (m, F).
         images: content hashes, (n,) uint64.
         skipped: position and reason of images that could not be used.
         n_clustered: images that k-means saw.
@@ -49,6 +50,7 @@ class Assigned:
     final: Final
     soft: Tensor
     labels: Tensor
+    sample: Tensor
     images: np.ndarray
     skipped: dict[int, str]
     n_clustered: int
@@ -59,6 +61,11 @@ class Assigned:
     def positions(self) -> np.ndarray:
         """Of the images, (n,) int64."""
         return np.flatnonzero(self.labels.numpy() >= 0)
+
+    def answers(self, tapped: TappedEncoder) -> Callable[[Tensor], Tensor]:
+        """The encoder's soft assignment of any images, (N, C, H, W) -> (N, K), on its device."""
+        final, sample = copy.deepcopy(self.final).to(tapped.device), self.sample.to(tapped.device)
+        return lambda images: final.soft(tapped.final_features(tapped.enter(images)).float(), sample)
 
 
 def assign(
@@ -99,7 +106,7 @@ def assign(
         each_way = final.soft(seen.flatten(0, 1), features).view(*seen.shape[:2], -1)
         soft[indices] = each_way.mean(1).half()
     used = np.unique(np.concatenate(hashes)), skipped, n_clustered, inertia_of(final, features[:n_clustered])
-    return Assigned(final, soft, labels, *used, time.perf_counter() - begun)
+    return Assigned(final, soft, labels, features, *used, time.perf_counter() - begun)
 
 
 def _features(
@@ -213,7 +220,9 @@ def teach_fronts(
     from ssl_exit.training.front import sharpened, teach
 
     how, n = settings.front, len(cache.source)
-    assigned = assign(tapped, cache.add(batches), n, clustering, mirror=how.mirror and classes is None)
+    assigned = assign(
+        tapped, cache.add(batches), n, clustering, mirror=how.mirror and classes is None and not how.match
+    )
     about: dict[str, Any] = {
         "images": images_hash(assigned.images),
         "encoder": module_hash(tapped.staged),
@@ -245,6 +254,7 @@ def teach_fronts(
             device=settings.device.partition(":")[0],
             about=about | {"front": front.config, "before": [one.config for one in result.fronts]},
             folder=_folder(how, i),
+            answers=assigned.answers(tapped) if how.match else None,
             progress=settings.runtime.progress,
         )
         spent = taught.seconds + (assigned.seconds if i == 1 else 0.0)

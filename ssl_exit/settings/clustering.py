@@ -70,6 +70,8 @@ class Front(Group):
         patience: epochs without a growing saving on validation images, after which teaching ends; 0 never stops early.
         sharpness: power of the soft assignments that are taught.
         mirror: teach mirrored images too; turn it off where left and right matter, as in writing.
+        match: teach what the encoder answers to the very view that the front sees, three in ten with a part of another
+            image; every epoch takes a pass of the encoder more.
         learning_rate: its peak, for batches of 256 images.
         folder: for checkpoints; a fit that was interrupted goes on from the last one.
         network: a torch.nn.Module of your own, images to features, (N, D); it is copied, never changed.
@@ -86,6 +88,7 @@ class Front(Group):
     patience: int = option(8, "[0, inf)", flag="front_patience")
     sharpness: float = option(8.0, "(0, inf)", flag="front_sharpness")
     mirror: bool = option(True, flag="front_mirror")
+    match: bool = option(False, flag="front_match")
     learning_rate: float = option(0.4, "(0, inf)", flag="front_learning_rate")
     folder: str | None = option(None, flag="front_folder")
     network: Any = option(None, flag=PYTHON)

@@ -5,9 +5,11 @@ these mean the same, f the front, W and b its head, and s = sharpness, what is m
 
     H(q(x)^s / sum_k q_k(x)^s, softmax(W f(x') + b)),        x' a view of x: shifted, and mirrored half of the time
 
-with H the cross-entropy. Sharpening says less of which clusters lie near and more of which one it is: what counts in a
-cascade is to be sure of many images, not to tell how unsure the others are (distillation: Hinton et al., arXiv
-1503.02531).
+with H the cross-entropy. Where the encoder is asked again (`Front(match=True)`), q is its answer to x' itself, and
+three in ten of the views have a part of another image in them (matching functions on views, mixed ones too: Beyer et
+al., arXiv 2106.05237; CutMix: Yun et al., 1905.04899). Sharpening says less of which clusters lie near and more of
+which one it is: what counts in a cascade is to be sure of many images, not to tell how unsure the others are
+(distillation: Hinton et al., arXiv 1503.02531).
 
 How far views are shifted adapts to the encoder: from one in 32 pixels it grows, up to one in 8, while agreement on
 taught images is more than .04 above that on validation images, and shrinks otherwise (after adaptive augmentation:
@@ -21,7 +23,7 @@ far.
 import copy
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -40,12 +42,14 @@ from ssl_exit.exits.heads import one_cycle
 from ssl_exit.settings import Front, Optimization
 from ssl_exit.training.module import Training, frozen_copy
 from ssl_exit.training.run import checkpoints_in, seeded, train
+from ssl_exit.training.views import shifted, with_cuts
 
 DECAY = 1e-4  # of weights
 BATCH, LEAST_BATCH, STEPS = 256, 32, 20  # images a step: fewer where an epoch would have less than 20 steps
 WARM = 0.2  # of the budget, in which the learning rate rises
 FALL = 0.25  # of the time so far, in which it falls to 0 once nothing is gained
 LEAST_SHIFT, MOST_SHIFT = 32, 8  # a view is shifted by up to one in so many pixels to every side
+CUT = 0.3  # share of views with a part of another image, where the encoder answers views
 GAP = 0.04  # agreement on taught images above that on validation images, beyond which shifts grow
 VALIDATION, MOST_VALIDATION = 0.03, 2000  # images that are not taught: a share, and at most so many
 AVERAGED = 0.99  # decay of averaged weights
@@ -103,6 +107,7 @@ class FrontTraining(Training):
         validation: positions of validation images, (v,).
         max_disagreement: at which the saving is measured.
         how: epochs, seconds, patience, mirror and learning rate.
+        answers: images to the full encoder's soft assignment, (N, K), which are taught instead of `targets`; or None.
     """
 
     n_views = 1
@@ -116,6 +121,7 @@ class FrontTraining(Training):
         validation: np.ndarray,
         max_disagreement: float,
         how: Front,
+        answers: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         super().__init__(nn.Identity(), Optimization("sgd", how.learning_rate, 0.9, DECAY, "one_cycle"))
         self.front, self.before = front, nn.ModuleList(frozen_copy(one) for one in before)
@@ -124,8 +130,8 @@ class FrontTraining(Training):
         self.averaged = AveragedModel(own, multi_avg_fn=get_ema_multi_avg_fn(AVERAGED), use_buffers=True)
         self.averaged.requires_grad_(False)
         self.targets, self.labels, self.validation = targets, labels, validation
-        self.max_disagreement, self.how = max_disagreement, how
-        taught = ("epochs", "seconds", "patience", "sharpness", "mirror", "learning_rate")
+        self.max_disagreement, self.how, self.answers = max_disagreement, how, answers
+        taught = ("epochs", "seconds", "patience", "sharpness", "mirror", "match", "learning_rate")
         self.options = {name: getattr(how, name) for name in taught}
         self.options |= {"max_disagreement": max_disagreement}
         side = -(-max(front.image_shape[1:]) // front.factor)
@@ -146,9 +152,13 @@ class FrontTraining(Training):
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> tuple[Tensor, list[Tensor]]:
         targets, images = batch
         mirror = torch.rand(len(images)) < 0.5 if self.how.mirror else None
-        return targets.float(), [self.prepared(shifted(images, self.clock.shift, mirror))]
+        views = shifted(images, self.clock.shift, mirror)
+        return targets.float(), [self.prepared(views if self.answers is None else with_cuts(views, CUT))]
 
     def losses(self, target: Tensor, views: Sequence[Tensor]) -> dict[str, Tensor]:
+        if self.answers is not None:
+            with torch.no_grad():
+                target = sharpened(self.answers(views[0]), self.how.sharpness)
         logits = self._logits(self.front, self.head, views[0])
         with torch.autocast(self.device.type, enabled=False):
             return {"loss": F.cross_entropy(logits.float(), target)}
@@ -249,25 +259,6 @@ def leaving_share(scores: Tensor, agrees: Tensor, max_disagreement: float) -> tu
     return float(agrees.float().mean()), share
 
 
-def shifted(images: Tensor, most: int, mirror: Tensor | None = None) -> Tensor:
-    """Every image shifted by up to so many pixels, edges reflected; some mirrored: (N, C, H, W) -> the same.
-
-    Args:
-        images: of any range.
-        most: pixels.
-        mirror: which ones to exchange left and right in, (N,) bool.
-    """
-    n, _, height, width = images.shape
-    padded = F.pad(images, (most,) * 4, mode="reflect")
-    rows = torch.randint(2 * most + 1, (n, 1)) + torch.arange(height)
-    columns = torch.randint(2 * most + 1, (n, 1)) + torch.arange(width)
-    if mirror is not None:
-        columns = torch.where(mirror[:, None], columns.flip(1), columns)
-    rows, columns = rows.to(images.device), columns.to(images.device)
-    each = torch.arange(n, device=images.device)[:, None, None]
-    return padded[each, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
-
-
 def sharpened(soft: Tensor, power: float) -> Tensor:
     """q^s / sum_k q_k^s, rows of sum 1: (..., K) -> the same."""
     return torch.softmax(power * soft.clamp(min=1e-30).log(), dim=-1)
@@ -287,6 +278,7 @@ def teach(
     device: str = "auto",
     about: dict[str, Any] | None = None,
     folder: Path | None = None,
+    answers: Callable[[Tensor], Tensor] | None = None,
     progress: bool = False,
 ) -> Taught:
     """Teach a front the final clusters.
@@ -304,6 +296,7 @@ def teach(
         device: auto, cpu or cuda; anything else is taught on the CPU.
         about: what is taught, as JSON has it; a checkpoint is continued only where it is the same.
         folder: for checkpoints; teaching goes on from the last one there.
+        answers: images to the full encoder's soft assignment, (N, K); taught instead of `targets` where given.
         progress: show a bar on a terminal: images per second, agreement and saving of validation images.
 
     Raises:
@@ -314,7 +307,9 @@ def teach(
     if len(taught) < LEAST_BATCH:
         raise InputError(f"a front cannot be taught by {len(order)} images; it needs more than {LEAST_BATCH}")
     with seeded(seed):
-        training = FrontTraining(copy.deepcopy(front), before, targets, labels, validation, max_disagreement, how)
+        training = FrontTraining(
+            copy.deepcopy(front), before, targets, labels, validation, max_disagreement, how, answers
+        )
     batch = max(LEAST_BATCH, min(BATCH, len(taught) // STEPS))
     begun = time.perf_counter()
     train(

@@ -270,3 +270,43 @@ def moco_views(size: int) -> PhotoViews:
     if size <= 64:
         return PhotoViews(size)
     return PhotoViews(size, scale=(0.2, 1.0), blur=0.5)
+
+
+def shifted(images: Tensor, most: int, mirror: Tensor | None = None) -> Tensor:
+    """Every image shifted by up to so many pixels, edges reflected; some mirrored: (N, C, H, W) -> the same.
+
+    Args:
+        images: of any range.
+        most: pixels.
+        mirror: which ones to exchange left and right in, (N,) bool.
+    """
+    n, _, height, width = images.shape
+    padded = F.pad(images, (most,) * 4, mode="reflect")
+    rows = torch.randint(2 * most + 1, (n, 1)) + torch.arange(height)
+    columns = torch.randint(2 * most + 1, (n, 1)) + torch.arange(width)
+    if mirror is not None:
+        columns = torch.where(mirror[:, None], columns.flip(1), columns)
+    rows, columns = rows.to(images.device), columns.to(images.device)
+    each = torch.arange(n, device=images.device)[:, None, None]
+    return padded[each, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+def with_cuts(images: Tensor, share: float) -> Tensor:
+    """Some images with a rectangle of another one in its place: (N, C, H, W) -> the same.
+
+    The rectangle has the image's proportions, an area drawn evenly between none and all of it, and its centre anywhere,
+    so that it may reach over the edge (CutMix: Yun et al., arXiv 1905.04899).
+
+    Args:
+        images: of any range.
+        share: of images that get one, on average.
+    """
+    n, _, height, width = images.shape
+    area, *centre = torch.rand(3, n, 1)
+    area = torch.where(torch.rand(n, 1) < share, area, 0.0)
+    rows, columns = (
+        (torch.arange(size) - middle * size).abs() < area.sqrt() * size / 2
+        for size, middle in zip((height, width), centre, strict=True)
+    )
+    inside = (rows[:, None, :, None] & columns[:, None, None, :]).to(images.device)
+    return torch.where(inside, images[torch.randperm(n).to(images.device)], images)

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -10,11 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from ssl_exit import ExitClusterer, load
 from ssl_exit.cli import main
 from ssl_exit.cli.cluster import ENCODER
 from ssl_exit.data.image_files import FolderImages
+from ssl_exit.encoders.small import digits_encoder
 
 OPTIONS = ["--encoder", "ssl_exit.encoders.small:digits_encoder", "--size", "8", "--mean", "[0.0]", "--std", "[1.0]",
            "-k", "3", "--max-disagreement", "0.4", "--confidence", "0.5", "--device", "cpu"]  # fmt: skip
@@ -75,7 +78,13 @@ def test_it_goes_on_where_it_stopped(image_folder, tmp_path, capsys, monkeypatch
     assert (len(fits), len(runs)) == (1, 3)
     assert "12 images of a folder that changed since the fit" in capsys.readouterr().out
     assert len(rows(out / "labels.csv")) == 61
-    for changed, name in (["-k", "4"], "settings"), (["--size", "16"], "preprocessing"):
+    main([*words, "--num-workers", "0", "--compile", "false"])
+    assert (len(fits), len(runs)) == (1, 3)
+    shutil.rmtree(out / "model")
+    main(words)
+    assert (len(fits), len(runs)) == (2, 4)  # labels are those of the model
+    precision = ["--precision", "bfloat16"]
+    for changed, name in (["-k", "4"], "settings"), (["--size", "16"], "preprocessing"), (precision, "settings"):
         with pytest.raises(SystemExit):
             main([*words, *changed])
         assert f"holds results of other {name}; choose a new folder" in capsys.readouterr().err
@@ -84,6 +93,20 @@ def test_it_goes_on_where_it_stopped(image_folder, tmp_path, capsys, monkeypatch
     with pytest.raises(SystemExit):
         main(["cluster", str(image_folder), "-o", str(tmp_path / "full"), *OPTIONS])
     assert "exists and holds something else" in capsys.readouterr().err
+
+
+def test_what_failed_does_not_block_its_folder(image_folder, tmp_path, capsys):
+    words, weights = ["cluster", str(image_folder), "-o", str(tmp_path / "out"), *OPTIONS], tmp_path / "w.pt"
+    with pytest.raises(SystemExit):
+        main([*words, "-k", "1000"])
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["run.json"]
+    torch.save(digits_encoder().state_dict(), weights)
+    main([*words, "--weights", str(weights), "--holdout", "0"])
+    assert "images that were fitted" in capsys.readouterr().out
+    torch.save(digits_encoder().state_dict(), weights)
+    with pytest.raises(SystemExit):
+        main([*words, "--weights", str(weights), "--holdout", "0"])
+    assert "holds results of other weights; choose a new folder" in capsys.readouterr().err
 
 
 def test_the_default_encoder_needs_one_file_where_there_is_no_network(image_folder, tmp_path, capsys, monkeypatch):

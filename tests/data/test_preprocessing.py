@@ -6,7 +6,8 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
-from ssl_exit import Preprocessing
+from ssl_exit import Preprocessing, Transform
+from ssl_exit.data.preprocessing import saved_preprocessing
 from ssl_exit.errors import InputError
 
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8))
@@ -57,3 +58,11 @@ def test_wrong_pixels_are_refused():
         Preprocessing(8)(torch.zeros(3, 8, 8))
     with pytest.raises(InputError, match="takes uint8 images"):
         Preprocessing(8)(torch.zeros(1, 8, 8, dtype=torch.uint8))
+
+
+def test_a_transform_is_a_name_and_a_function():
+    for wrong in (("x", None), (None, np.asarray), (np.asarray, "x")):
+        with pytest.raises(InputError, match="a Transform is a name and a function"):
+            Transform(*wrong)
+    with pytest.raises(InputError, match=r"transform must be Transform\('mine', function\)"):
+        saved_preprocessing({"transform": "mine"}, np.asarray)

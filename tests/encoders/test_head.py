@@ -1,7 +1,11 @@
 """Heads of the user's: what encoder and head say is what exits agree with."""
 
+import pickle
+
 import pytest
 import torch
+from sklearn.base import clone
+from sklearn.cluster import KMeans
 from sklearn.linear_model import LogisticRegression
 from torch import nn
 
@@ -64,6 +68,46 @@ def test_what_encoder_and_head_say_is_the_reference(kind, encoder, features, dig
         load(tmp_path / "model", encoder)
 
 
+def test_a_certificate_is_about_one_head(encoder, features, digits, tmp_path):
+    """Another classifier, or the same one fitted again after the fit, is not what it is about."""
+    classifier = probe(features)
+    c = ExitClusterer(encoder, n_clusters=classifier, **QUIET).fit(digits[:700])
+    before = c.predict_full(digits)
+    c.save(tmp_path / "model")
+    assert not pickle.loads(pickle.dumps(c)).certificate_.void
+    classifier.coef_ *= -1
+    assert (c.predict_full(digits) == before).all()
+    assert not c.certificate_.void
+    with pytest.warns(UserWarning, match="certificate is void, encoder changed"):
+        assert load(tmp_path / "model", encoder, head=classifier).certificate_.void
+
+    def other(x):
+        return x[:, :5]
+
+    c = ExitClusterer(encoder, n_clusters=lambda x: x[:, :5], **QUIET).fit(digits[:700])
+    c.save(tmp_path / "model")
+    with pytest.warns(UserWarning, match="certificate is void"):
+        load(tmp_path / "model", encoder, head=other)
+
+
+def test_scikit_learns_clone_keeps_what_is_fitted(encoder, features):
+    classifier, kmeans = probe(features), KMeans(3, n_init=1).fit(features.double().numpy())
+    for c in (ExitClusterer(encoder, classifier), ExitClusterer(encoder, clusters=Clusters(head=classifier))):
+        assert (clone(c).settings().clusters.head.coef_ == classifier.coef_).all()
+    copied = clone(ExitClusterer(encoder, n_clusters=kmeans, max_disagreement=0.1))
+    assert copied.settings().n_clusters == 3
+    assert copied.max_disagreement == 0.1
+    assert copied.encoder is not encoder
+
+
+def test_a_loaded_model_with_a_head_is_fitted_again_without_classes(encoder, digits, tmp_path):
+    layer = linear()
+    ExitClusterer(encoder, n_clusters=layer, **QUIET).fit(digits[:700]).save(tmp_path / "model")
+    again = load(tmp_path / "model", encoder, device="cpu", head=layer)
+    expected = again.predict_full(digits)
+    assert (again.fit(digits[:700], torch.zeros(700, dtype=int).numpy() + 100).predict_full(digits) == expected).all()
+
+
 def test_behind_a_front_and_on_a_list_of_stages(encoder, digits):
     layer = linear()
     behind = ExitClusterer(lambda x: encoder(x).detach(), layer, front=Front("auto", epochs=1, width=4), **QUIET)
@@ -89,6 +133,9 @@ def test_a_fitted_model_with_a_head_can_be_a_settings_value(encoder, digits):
         (lambda x: x.argmax(1), 2, "expected 0 to 1"),
         (lambda x: x[:3], None, "a head gives logits"),
         (lambda x: "nothing", None, "a head gives logits"),
+        (lambda x: x.no_such, None, r"the head fails on features of shape \(6, 5\) \(AttributeError"),
+        (LogisticRegression(), None, "the head fails .* not fitted yet"),
+        (LogisticRegression().fit([[0.0], [1.0]], [0, 1]), None, "the head fails .* 5 features, but"),
     ],
 )
 def test_answers_that_are_neither_labels_nor_logits_are_refused(head, n_labels, message):
@@ -104,4 +151,11 @@ def test_features_that_are_not_finite_have_no_logits_and_do_not_reach_a_callable
         assert x.isfinite().all()
         return x
 
-    assert with_head(as_module(nn.Identity()), head).head(features).isnan().any(1).tolist() == [False, True]
+    for each in (head, nn.Identity()):
+        assert with_head(as_module(nn.Identity()), each).head(features).isnan().any(1).tolist() == [False, True]
+
+    class Labels(nn.Module):
+        def forward(self, x):
+            return x[:, 1].nan_to_num().long()
+
+    assert with_head(as_module(nn.Identity()), Labels(), 2).head(features).isnan().all(1).tolist() == [False, True]

@@ -78,6 +78,8 @@ def test_what_is_assigned_is_what_the_encoder_says(fitted, encoder, digits):
     assert assigned.labels[7] == -1
     mean = (assigned.final.soft(plain) + assigned.final.soft(mirrored)) / 2
     assert torch.allclose(assigned.soft[:300].float()[good], mean[good], atol=1e-3)
+    with torch.no_grad():
+        assert torch.allclose(assigned.answers(tapped)(images[good]), assigned.final.soft(plain)[good], atol=1e-5)
     (batch,) = cache.open().batches(np.arange(100), 100)
     assert torch.allclose(batch.images[good[:100]], F.avg_pool2d(images[:100], 2)[good[:100]], atol=1e-3)
     in_memory = open_images(images)
@@ -112,6 +114,13 @@ def test_fits_with_one_seed_are_equal(fitted, encoder, digits):
     again = fronted(encoder, digits[:1000])
     assert np.array_equal(again.model_.cascade.thresholds, fitted.model_.cascade.thresholds)
     assert np.array_equal(again.predict(digits[1000:]), fitted.predict(digits[1000:]))
+
+
+def test_the_encoder_answers_views_at_full_resolution(encoder, digits):
+    """The front sees half of it."""
+    c = fronted(encoder, digits[:1000], front_match=True, front_side=4, front_epochs=3)
+    assert c.model_.fronts[0].factor == 2
+    assert np.mean(c.predict(digits[1000:]) == c.predict_full(digits[1000:])) > 0.5
 
 
 def test_exits_in_the_encoder_see_what_the_front_saw(encoder, digits):

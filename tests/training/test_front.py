@@ -1,3 +1,5 @@
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,8 @@ from ssl_exit.data.images import TensorImages
 from ssl_exit.encoders.front import FrontDescriptor, FrontNetwork
 from ssl_exit.errors import InputError
 from ssl_exit.settings import Front
-from ssl_exit.training.front import FrontTraining, leaving_share, sharpened, shifted, teach
+from ssl_exit.training.front import FrontTraining, leaving_share, sharpened, teach
+from ssl_exit.training.views import shifted, with_cuts
 
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.booleans()), min_size=1, max_size=30), st.sampled_from([0, 0.1, 0.5]))
@@ -40,6 +43,23 @@ def test_views_are_shifts_of_the_image_or_of_its_mirror_image():
     assert torch.equal(shifted(images, 0), images)
 
 
+def test_cuts_are_rectangles_of_another_image():
+    torch.manual_seed(0)
+    images = torch.arange(40.0)[:, None, None, None].expand(40, 2, 12, 16)
+    cut = with_cuts(images, 0.5)
+    assert torch.equal(with_cuts(images, 0.0), images)
+    assert torch.equal(cut[:, 0], cut[:, 1])
+    areas = []
+    for own, pixels in enumerate(cut[:, 0]):
+        other = pixels != own
+        rows, columns = other.any(1), other.any(0)
+        assert torch.equal(other, rows[:, None] & columns)
+        assert len(pixels[other].unique()) <= 1
+        areas.append(float(other.float().mean()))
+    assert 0.25 < np.mean(np.array(areas) > 0) < 0.75
+    assert max(areas) > 0.4
+
+
 def test_sharpened_assignments():
     soft = torch.tensor([[0.6, 0.3, 0.1], [1.0, 0.0, 0.0]])
     expected = soft.pow(2) / soft.pow(2).sum(1, keepdim=True)
@@ -56,14 +76,14 @@ def lesson(digits):
     return TensorImages(images), labels, F.one_hot(labels, 4).half()
 
 
-def taught(lesson, folder=None, before=(), **how):
+def taught(lesson, folder=None, before=(), answers=None, **how):
     source, labels, targets = lesson
     with torch.random.fork_rng():
         torch.manual_seed(0)
         front = FrontDescriptor(FrontNetwork(1, 8), (1, 8, 8), 8)
     settings = Front("auto", **{"epochs": 6, "patience": 0} | how)
-    order = np.arange(len(source))
-    return teach(front, before, source, order, targets, labels, settings, max_disagreement=0.05, folder=folder)
+    order, how = np.arange(len(source)), {"max_disagreement": 0.05, "folder": folder, "answers": answers}
+    return teach(front, before, source, order, targets, labels, settings, **how)
 
 
 def same(a, b):
@@ -74,6 +94,22 @@ def same(a, b):
 @torch.no_grad()
 def logits(one, images):
     return one.rule.logits(one.front(images))
+
+
+def test_a_front_is_taught_what_is_answered_to_the_view_it_sees(lesson):
+    """Here the answer depends on the view alone: which half of it is brighter."""
+    source, _, targets = lesson
+    asked = []
+
+    def answers(views):
+        asked.append(views)
+        up = views[:, 0, :4].sum((1, 2)) * 2 > views.sum((1, 2, 3))
+        return F.one_hot(up.long(), 4).float()
+
+    one = taught((source, lesson[1], torch.zeros_like(targets)), epochs=15, match=True, answers=answers)
+    up = source.images[:, 0, :4].sum((1, 2)) * 2 > source.images.sum((1, 2, 3))
+    assert float((logits(one, source.images).argmax(1) == up).float().mean()) > 0.85
+    assert all(not torch.equal(a, b) for a, b in itertools.pairwise(asked[:5]))
 
 
 def test_a_front_learns_what_it_is_taught(lesson):
