@@ -1,0 +1,145 @@
+"""Images in columns, as engines for large data hold them, to columns of labels."""
+
+import io
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ssl_exit.data.image_files import ImageFiles, Unreadable
+from ssl_exit.data.images import ImageSource, open_images
+from ssl_exit.errors import InputError, shown
+from ssl_exit.model import Model
+from ssl_exit.settings import Runtime
+from ssl_exit.storage import Supplied, load_model
+
+COLUMNS = ("label", "exit", "score", "reason")
+
+
+class LabelColumns:
+    """Labels of images in a column; one object serves every worker, which loads the model once, at its first call.
+
+    A cell of the column is an encoded image (bytes), its path, Hugging Face's mapping of either, or pixels,
+    (H, W, C) or (H, W) uint8; where the model has no preprocessing, a tensor as the encoder takes it, (C, H, W).
+
+    Args:
+        model: folder of a model that every worker can read, or the fitted model itself, which is pickled.
+        image_column: name of the column of images, which is left out of the result.
+        id_column: the only other column that is kept; None (default) keeps all others.
+        batch_size: images a segment runs on at a time, at most (default 64): every call ends with a flush of smaller
+            batches, so a call should hold some sixteen of them.
+        device: auto, cpu, cuda, ...
+        max_pixels: of one image; larger ones are unreadable.
+        supplied: what the model does not hold, as in `ssl_exit.load`: encoder, front, head, transform, trust.
+
+    Raises:
+        InputError: at the first call: the folder is no model.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | Model,
+        image_column: str = "image",
+        id_column: str | None = None,
+        *,
+        batch_size: int = 64,
+        device: str = "auto",
+        max_pixels: int = Runtime.max_pixels,
+        **supplied: Any,
+    ) -> None:
+        self.source, self.image_column, self.id_column = model, image_column, id_column
+        self.batch_size, self.device, self.max_pixels = batch_size, device, max_pixels
+        self.supplied = Supplied(**supplied)
+
+    @cached_property
+    def model(self) -> Model:
+        """The model, in this process."""
+        return self.source if isinstance(self.source, Model) else load_model(self.source, self.supplied, self.device)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "model"}
+
+    def __call__(self, columns: Any) -> Any:
+        """Label one batch of rows.
+
+        Args:
+            columns: a mapping of names to arrays or lists, (N,) each, or a pyarrow.Table.
+
+        Returns:
+            The same kind, with the columns that are kept and, for every row, label (int64; -1: unusable), exit (its
+            name), score (float32) and reason (why an image is unusable, else empty).
+
+        Raises:
+            InputError: no such column, or one that is kept is called as one of the results.
+        """
+        if isinstance(columns, Mapping):
+            names, cells = list(columns), columns.get(self.image_column)
+        else:
+            names = columns.column_names
+            cells = columns[self.image_column].to_pylist() if self.image_column in names else None
+        kept = self._kept(names)
+        result = self._labels([] if cells is None else list(cells))
+        if isinstance(columns, Mapping):
+            return {name: columns[name] for name in kept} | result
+        for name in set(names) - set(kept):
+            columns = columns.drop_columns([name])
+        for name, values in result.items():
+            columns = columns.append_column(name, [values])
+        return columns
+
+    def _kept(self, names: Sequence[str]) -> list[str]:
+        wanted = [self.image_column, *([] if self.id_column is None else [self.id_column])]
+        if missing := [name for name in wanted if name not in names]:
+            raise InputError(f"there is no column {shown(missing)}; there are {shown(list(names))}")
+        kept = [name for name in names if name != self.image_column]
+        kept = kept if self.id_column is None else [self.id_column]
+        if taken := [name for name in kept if name in COLUMNS]:
+            raise InputError(f"columns {shown(taken)} are called as those of the result; rename them, or set id_column")
+        return kept
+
+    def _labels(self, cells: list[Any]) -> dict[str, np.ndarray]:
+        n, model = len(cells), self.model
+        if n == 0:
+            empty: dict[str, Any] = {"label": np.int64, "exit": str, "score": np.float32, "reason": str}
+            return {name: np.empty(0, kind) for name, kind in empty.items()}
+        batch = min(self.batch_size, model.settings.batch_size)
+        result = model.run(self._images(cells).batches(np.arange(n), batch), n, batch)
+        reasons = np.array([result.skipped.get(i, "") for i in range(n)], dtype=str)
+        exits = np.array(model.cascade.exit_names, dtype=str)[result.exits]
+        return {"label": result.labels, "exit": exits, "score": result.scores, "reason": reasons}
+
+    def _images(self, cells: list[Any]) -> ImageSource:
+        preprocessing = self.model.preprocessing
+        if preprocessing is None:
+            return open_images(torch.stack([torch.as_tensor(cell, dtype=torch.float32) for cell in cells]))
+        return open_images(_Cells(cells, preprocessing, self.max_pixels))
+
+
+class _Cells(ImageFiles):
+    """Images in the cells of a column."""
+
+    def __init__(self, cells: list[Any], preprocessing: Any, max_pixels: int) -> None:
+        super().__init__([str(row) for row in range(len(cells))], preprocessing, max_pixels)
+        self.cells = cells
+
+    def read(self, index: int, transform: Callable[[Image.Image], Any]) -> Any:
+        return self._read(self.cells[index], transform)
+
+    def _read(self, cell: Any, transform: Callable[[Image.Image], Any]) -> Any:
+        if isinstance(cell, Mapping):
+            cell = cell.get("bytes") or cell.get("path")
+        if isinstance(cell, bytes):
+            return self.decoded(io.BytesIO(cell), transform)
+        if isinstance(cell, (str, Path)):
+            return self.decoded(cell, transform)
+        try:
+            pixels = np.asarray(cell)
+            if pixels.dtype != np.uint8 or pixels.ndim not in (2, 3):
+                return Unreadable(f"no image: expected bytes, a path or uint8 pixels, (H, W, C); got {shown(cell)}")
+            return transform(Image.fromarray(pixels.squeeze(2) if pixels.shape[2:] == (1,) else pixels))
+        except Exception as error:  # of any type, as decoders raise
+            return Unreadable(f"{type(error).__name__}: {error}")

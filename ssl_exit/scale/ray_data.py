@@ -1,0 +1,85 @@
+"""Labels of a Ray Dataset of images."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ssl_exit.errors import InputError
+from ssl_exit.model import Model
+from ssl_exit.scale.columns import LabelColumns
+
+if TYPE_CHECKING:
+    from ray.data import Dataset
+
+PER_CALL = 16  # batches of the engine in a call: fewer lose more to the flush at its end
+
+
+def label_dataset(
+    dataset: "Dataset",
+    model: str | Path | Model,
+    image_column: str = "image",
+    id_column: str | None = None,
+    *,
+    actors: int = 1,
+    gpus_per_actor: float = 0,
+    images_per_call: int = 1024,
+    **options: Any,
+) -> "Dataset":
+    """Label the images of a Ray Dataset by a pool of actors, each of which loads the model once.
+
+    The order of rows is not kept. An actor that dies is started again and its rows are computed anew; `ray.data`'s
+    checkpoints (`DataContext.checkpoint_config`, by `id_column`) continue a driver that died.
+
+    Args:
+        dataset: rows with a column of images (see `LabelColumns`), such as `ray.data.read_parquet` or
+            `read_binary_files(..., include_paths=True)` gives.
+        model: a folder that every node can read, or the fitted model itself.
+        image_column: name of the column of images.
+        id_column: the only other column that is kept; None (default) keeps all others.
+        actors: number of processes that label.
+        gpus_per_actor: GPUs that each of them takes; may be a fraction.
+        images_per_call: rows an actor takes at a time; the engine runs on a sixteenth of them at a time.
+        options: others of `LabelColumns`.
+
+    Returns:
+        A lazy Dataset with the columns label, exit, score and reason, beside those that are kept.
+
+    Raises:
+        InputError: Ray is missing, numbers that cannot be, or a cluster without a CPU beside the actors.
+    """
+    try:
+        import ray
+        from ray.data import ActorPoolStrategy
+    except ImportError as error:
+        raise InputError("label_dataset needs Ray Data: pip install 'ssl-exit[ray]'") from error
+    if actors < 1 or images_per_call < 1 or gpus_per_actor < 0:
+        raise InputError(
+            "actors and images_per_call must be at least 1 and gpus_per_actor at least 0; got "
+            f"{actors}, {images_per_call}, {gpus_per_actor}"
+        )
+    if not ray.is_initialized():
+        ray.init()
+    cpus = ray.cluster_resources().get("CPU", 0.0)
+    if cpus < 2:
+        raise InputError(f"Ray has {cpus:g} CPUs; labelling needs two, one for reading beside the actors")
+    options.setdefault("batch_size", max(1, images_per_call // PER_CALL))
+    labels = LabelColumns(str(model) if isinstance(model, Path) else model, image_column, id_column, **options)
+    return dataset.map_batches(
+        _Actor,
+        fn_constructor_args=(labels,),
+        batch_size=images_per_call,
+        batch_format="numpy",
+        compute=ActorPoolStrategy(size=actors),
+        num_cpus=min(1.0, (cpus - 1) / actors),  # with none left for readers Ray waits for ever
+        num_gpus=gpus_per_actor,
+    )
+
+
+class _Actor:
+    """Ray makes one in every worker."""
+
+    def __init__(self, labels: LabelColumns) -> None:
+        self.labels = labels
+        labels.model  # noqa: B018  # loaded before the first rows come
+
+    def __call__(self, columns: dict[str, Any]) -> dict[str, Any]:
+        return self.labels(columns)
