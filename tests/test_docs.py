@@ -25,6 +25,7 @@ SHORTER = {  # what only takes longer
         'front="auto"': 'front=Front("auto", epochs=2)',
         "front=my_network": 'front=Front("module", network=my_network, epochs=2)',
         "epochs=60": "epochs=2",
+        "match=True": "match=True, epochs=2",
     },
     "README.md": {'front="auto"': 'front=Front("auto", epochs=2)'},
 }

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from attacks.trial import PLANTED, Attack, digits, fitted, must, no_code_ran
 from ssl_exit import InputError, load, storage
+from ssl_exit.files import file_hash
 
 NASTY: list[Any] = [None, True, False, 0, -1, 1, 7, 1e308, -1e308, float("nan"), float("inf"), 10**18, 10**30, 0.5, ""]
 NASTY += ["os:abort", "planted:digits_encoder", "timm:resnet10t", "auto", "x" * 100_000, "\x1b[31m\x00", [], {}, [[]]]
@@ -96,7 +97,7 @@ def described(folder: Path) -> dict[str, Any]:
 
 def sealed(folder: Path, about: dict[str, Any]) -> None:
     """Write a description with checksums that are right."""
-    about["sha256"] = {name: storage._sha256(folder / name) for name in (storage.WEIGHTS, storage.EXITS)}
+    about["sha256"] = {name: file_hash(folder / name) for name in (storage.WEIGHTS, storage.EXITS)}
     about["checksum"] = storage._checksum(about)
     (folder / storage.ABOUT).write_text(json.dumps(about))
 

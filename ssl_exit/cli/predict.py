@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from typing import Any, Literal
 
 
 def predict(
@@ -15,6 +16,10 @@ def predict(
     max_pixels: int | None = None,
     trust: str | None = None,
     device: str = "auto",
+    engine: Literal["here", "ray"] = "here",
+    actors: int = 1,
+    id_column: str | None = None,
+    checkpoint: str | None = None,
 ) -> None:
     """Cluster a folder of images with early exits.
 
@@ -34,7 +39,23 @@ def predict(
         trust: the module:function of a model whose encoder was built by code of yours (on the Python path): it is
             imported and called.
         device: auto, cpu, cuda, cuda:1, ...
+        engine: here, in this process; or ray, by Ray Data (pip install 'ssl-exit[ray]'): out is then a folder of
+            Parquet files of id, label, exit, score and reason, in no order.
+        actors: of Ray, the processes that label.
+        id_column: of Ray, the column of Parquet files that tells rows apart; images have their path.
+        checkpoint: of Ray, a folder of ids that are done, behind which the same command continues after a kill.
     """
+    if engine == "ray":
+        from ssl_exit.errors import InputError
+        from ssl_exit.scale import label_files
+
+        if embeddings or num_workers or audit is not None or compile is not None:
+            raise InputError("--embeddings, --audit, --compile and --num-workers are not for --engine ray")
+        options: dict[str, Any] = {} if max_pixels is None else {"max_pixels": max_pixels}
+        options |= {"id_column": id_column, "checkpoint": checkpoint, "actors": actors}
+        n = label_files(data, model, out, device=device, trust=trust, **options)
+        print(f"{n} rows in {out}")
+        return
     from ssl_exit.cli.common import check_embeddings, label_images, list_skipped, write_embeddings
     from ssl_exit.clusterer import load
     from ssl_exit.data.images import open_files

@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ssl_exit.errors import InputError
+from ssl_exit.data.image_files import EXTENSIONS, KEYS
+from ssl_exit.errors import InputError, shown
 from ssl_exit.model import Model
 from ssl_exit.scale.columns import LabelColumns
 
@@ -46,18 +47,12 @@ def label_dataset(
     Raises:
         InputError: Ray is missing, numbers that cannot be, or a cluster without a CPU beside the actors.
     """
-    try:
-        import ray
-        from ray.data import ActorPoolStrategy
-    except ImportError as error:
-        raise InputError("label_dataset needs Ray Data: pip install 'ssl-exit[ray]'") from error
     if actors < 1 or images_per_call < 1 or gpus_per_actor < 0:
         raise InputError(
             "actors and images_per_call must be at least 1 and gpus_per_actor at least 0; got "
             f"{actors}, {images_per_call}, {gpus_per_actor}"
         )
-    if not ray.is_initialized():
-        ray.init()
+    ray = _start()
     cpus = ray.cluster_resources().get("CPU", 0.0)
     if cpus < 2:
         raise InputError(f"Ray has {cpus:g} CPUs; labelling needs two, one for reading beside the actors")
@@ -68,10 +63,83 @@ def label_dataset(
         fn_constructor_args=(labels,),
         batch_size=images_per_call,
         batch_format="numpy",
-        compute=ActorPoolStrategy(size=actors),
+        compute=ray.data.ActorPoolStrategy(size=actors),
         num_cpus=min(1.0, (cpus - 1) / actors),  # with none left for readers Ray waits for ever
         num_gpus=gpus_per_actor,
     )
+
+
+def label_files(
+    data: str,
+    model: str | Path | Model,
+    out: str,
+    *,
+    id_column: str | None = None,
+    image_column: str | None = None,
+    checkpoint: str | None = None,
+    **options: Any,
+) -> int:
+    """Label images in files by Ray Data, and write Parquet files of id, label, exit, score and reason.
+
+    Args:
+        data: a folder of images, or of Parquet files, or one such file; local, or as pyarrow and Ray read it (s3://...).
+        model: as in `label_dataset`.
+        out: folder for Parquet files, new or empty, unless a checkpoint continues it.
+        id_column: of Parquet files, the column that tells rows apart; of images it is their "path".
+        image_column: of Parquet files; None: the first of the usual names.
+        checkpoint: folder in which Ray keeps the ids that are done; the same call continues behind them.
+        options: others of `label_dataset`.
+
+    Returns:
+        The number of rows in `out`.
+
+    Raises:
+        InputError: as in `label_dataset`; a Parquet file without an id; or a folder that holds something else.
+    """
+    ray = _start()
+    folder = Path(out)
+    if checkpoint is None and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{out!r} exists and holds something; choose a new folder, or continue by --checkpoint")
+    context = ray.data.DataContext.get_current()
+    before = context.checkpoint_config
+    try:
+        parquet = data.endswith(".parquet") or any(Path(data).glob("*.parquet"))
+        if parquet:
+            names = list(ray.data.read_parquet(data).schema().names)
+            if id_column not in names:
+                raise InputError(f"rows of Parquet files need an id (--id-column); columns are {shown(names)}")
+            image_column = image_column or next((name for name in (*KEYS, "bytes") if name in names), "image")
+        else:
+            id_column, image_column = "path", "bytes"
+        if checkpoint is not None:  # a Dataset takes it from the context in which it is made
+            from ray.data.checkpoint import CheckpointConfig
+
+            context.checkpoint_config = CheckpointConfig(id_column, checkpoint, delete_checkpoint_on_success=False)
+        if not parquet:
+            extensions = [extension[1:] for extension in EXTENSIONS]
+            dataset = ray.data.read_binary_files(data, include_paths=True, file_extensions=extensions)
+        else:
+            dataset = ray.data.read_parquet(data, columns=[id_column, image_column])
+        label_dataset(dataset, model, image_column, id_column, **options).write_parquet(out)
+    finally:
+        context.checkpoint_config = before
+    return ray.data.read_parquet(out).count()
+
+
+def _start() -> Any:
+    """Ray, joined where a cluster is (RAY_ADDRESS), else started here.
+
+    Raises:
+        InputError: it is not installed.
+    """
+    try:
+        import ray
+        import ray.data
+    except ImportError as error:
+        raise InputError("labelling by Ray needs Ray Data: pip install 'ssl-exit[ray]'") from error
+    if not ray.is_initialized():
+        ray.init(include_dashboard=False, log_to_driver=False)
+    return ray
 
 
 class _Actor:

@@ -9,7 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from ssl_exit import InputError, Preprocessing
+from ssl_exit import InputError, Preprocessing, load
+from ssl_exit.cli import main
+from ssl_exit.data.image_files import FolderImages
 from ssl_exit.scale import LabelColumns, label_dataset
 from tests.conftest import clusterer, untrained
 
@@ -89,6 +91,45 @@ def test_columns_that_are_missing_or_in_the_way(fitted):
         LabelColumns(c.model_)({"photo": []})
     with pytest.raises(InputError, match="rename them, or set id_column"):
         LabelColumns(c.model_)({"image": [], "label": []})
+
+
+@pytest.mark.slow
+def test_the_command_labels_a_folder_by_ray_and_continues(image_folder, tmp_path, capsys):
+    """Images that came since are labelled, the others are not labelled again; Parquet files need an id."""
+    ray = pytest.importorskip("ray")
+    from pyarrow import parquet
+
+    words = ["--encoder", "ssl_exit.encoders.small:digits_encoder", "--size", "8", "--mean", "[0.0]", "--std", "[1.0]",
+             "-k", "3", "--max-disagreement", "0.4", "--confidence", "0.5", "--device", "cpu"]  # fmt: skip
+    model, out = str(tmp_path / "model"), str(tmp_path / "out")
+    main(["fit", *words, "--data", str(image_folder), "--out", model])
+    by_ray = ["predict", "--engine", "ray", "--model", model, "--data", str(image_folder), "--out", out,
+              "--device", "cpu", "--trust", "ssl_exit.encoders.small:digits_encoder"]  # fmt: skip
+    ray.init(num_cpus=3, include_dashboard=False, log_to_driver=False)
+    try:
+        (image_folder / "0" / "broken.png").write_bytes(b"no image")
+        main([*by_ray, "--checkpoint", str(tmp_path / "done")])
+        assert "61 rows in" in capsys.readouterr().out
+        (image_folder / "0" / "new.png").write_bytes(next((image_folder / "1").iterdir()).read_bytes())
+        main([*by_ray, "--checkpoint", str(tmp_path / "done")])
+        assert "62 rows in" in capsys.readouterr().out
+        with pytest.raises(SystemExit):
+            main(by_ray)
+        assert "continue by --checkpoint" in capsys.readouterr().err
+        with pytest.raises(SystemExit):
+            main([*by_ray, "--embeddings", "e.npy"])
+        assert "are not for --engine ray" in capsys.readouterr().err
+        with pytest.raises(SystemExit):
+            main([*by_ray[:-6], "--data", out, "--out", str(tmp_path / "other")])
+        assert "need an id (--id-column)" in capsys.readouterr().err
+    finally:
+        ray.shutdown()
+    rows = {row["path"]: row for row in parquet.read_table(out).to_pylist()}
+    assert len(rows) == 62
+    here = load(model).run(str(image_folder))
+    for path, label in zip(FolderImages(image_folder, Preprocessing(8)).paths, here.labels, strict=True):
+        assert rows[str(image_folder / path)]["label"] == label
+    assert "UnidentifiedImageError" in rows[str(image_folder / "0" / "broken.png")]["reason"]
 
 
 @pytest.mark.slow
