@@ -30,8 +30,8 @@ class LabelColumns:
         model: folder of a model that every worker can read, or the fitted model itself, which is pickled.
         image_column: name of the column of images, which is left out of the result.
         id_column: the only other column that is kept; None (default) keeps all others.
-        batch_size: images a segment runs on at a time, at most (default 64): every call ends with a flush of smaller
-            batches, so a call should hold some sixteen of them.
+        batch_size: images a segment runs on at a time, at most (default 32): every call ends with a flush of smaller
+            batches, so a call should hold some 32 of them; a GPU wants larger batches, and then larger calls.
         device: auto, cpu, cuda, ...
         max_pixels: of one image; larger ones are unreadable.
         supplied: what the model does not hold, as in `ssl_exit.load`: encoder, front, head, transform, trust.
@@ -46,7 +46,7 @@ class LabelColumns:
         image_column: str = "image",
         id_column: str | None = None,
         *,
-        batch_size: int = 64,
+        batch_size: int = 32,
         device: str = "auto",
         max_pixels: int = Runtime.max_pixels,
         **supplied: Any,

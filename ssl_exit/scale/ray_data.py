@@ -11,7 +11,7 @@ from ssl_exit.scale.columns import LabelColumns
 if TYPE_CHECKING:
     from ray.data import Dataset
 
-PER_CALL = 16  # batches of the engine in a call: fewer lose more to the flush at its end
+PER_CALL = 32  # batches of the engine in a call: fewer lose more to the flush at its end
 
 
 def label_dataset(
@@ -38,7 +38,7 @@ def label_dataset(
         id_column: the only other column that is kept; None (default) keeps all others.
         actors: number of processes that label.
         gpus_per_actor: GPUs that each of them takes; may be a fraction.
-        images_per_call: rows an actor takes at a time; the engine runs on a sixteenth of them at a time.
+        images_per_call: rows an actor takes at a time; the engine runs on a thirty-second of them at a time.
         options: others of `LabelColumns`.
 
     Returns:
