@@ -162,9 +162,7 @@ def _built(
             f"say so: load(folder, trust={name!r}) or --trust {name}; or pass the encoder: load(folder, encoder=...)"
         )
     if name.startswith("transformers:") and name.partition(":")[2] not in FAMILIES:
-        raise ValueError(
-            f"{name!r} is none of the architectures that a model names"
-        )  # it would be looked for on the hub
+        raise ValueError(f"{name!r} is no class that a model names")  # it would be looked for on the hub
     if spec.options and not spec.imported:
         shapes = {key: value.shape for key, value in weights.items()}
         under = {key.removeprefix("encoder."): shape for key, shape in shapes.items()}  # where a head stands on it

@@ -17,8 +17,10 @@ SIZES = (1, 8, 64)  # batch sizes that are timed, beside the one in use
 
 def now(device: torch.device) -> float:
     """Seconds on a clock, once the device has finished its work."""
-    if device.type != "cpu":
-        getattr(torch, device.type).synchronize()  # torch.accelerator came with torch 2.6
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type != "cpu":
+        torch.accelerator.synchronize(device)  # came with torch 2.6
     return time.perf_counter()
 
 

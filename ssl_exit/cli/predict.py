@@ -39,8 +39,8 @@ def predict(
         trust: the module:function of a model whose encoder was built by code of yours (on the Python path): it is
             imported and called.
         device: auto, cpu, cuda, cuda:1, ...
-        engine: here, in this process; or ray, by Ray Data (pip install 'ssl-exit[ray]'): out is then a folder of
-            Parquet files of id, label, exit, score and reason, in no order.
+        engine: here, in this process; or ray, by Ray Data (pip install 'ssl-exit[ray]'), for a folder of images or
+            Parquet files: out is then a folder of Parquet files of id, label, exit, score and reason, in no order.
         actors: of Ray, the processes that label.
         id_column: of Ray, the column of Parquet files that tells rows apart; images have their path.
         checkpoint: of Ray, a folder of ids that are done, behind which the same command continues after a kill.
@@ -51,9 +51,8 @@ def predict(
 
         if embeddings or num_workers or audit is not None or compile is not None:
             raise InputError("--embeddings, --audit, --compile and --num-workers are not for --engine ray")
-        options: dict[str, Any] = {} if max_pixels is None else {"max_pixels": max_pixels}
-        options |= {"id_column": id_column, "checkpoint": checkpoint, "actors": actors}
-        n = label_files(data, model, out, device=device, trust=trust, **options)
+        asked: dict[str, Any] = {"id_column": id_column, "checkpoint": checkpoint, "actors": actors}
+        n = label_files(data, model, out, device=device, trust=trust, max_pixels=max_pixels, **asked)
         print(f"{n} rows in {out}")
         return
     from ssl_exit.cli.common import check_embeddings, label_images, list_skipped, write_embeddings

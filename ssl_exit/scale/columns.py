@@ -14,7 +14,6 @@ from ssl_exit.data.image_files import ImageFiles, Unreadable
 from ssl_exit.data.images import ImageSource, open_images
 from ssl_exit.errors import InputError, shown
 from ssl_exit.model import Model
-from ssl_exit.settings import Runtime
 from ssl_exit.storage import Supplied, load_model
 
 COLUMNS = ("label", "exit", "score", "reason")
@@ -23,8 +22,9 @@ COLUMNS = ("label", "exit", "score", "reason")
 class LabelColumns:
     """Labels of images in a column; one object serves every worker, which loads the model once, at its first call.
 
-    A cell of the column is an encoded image (bytes), its path, Hugging Face's mapping of either, or pixels,
-    (H, W, C) or (H, W) uint8; where the model has no preprocessing, a tensor as the encoder takes it, (C, H, W).
+    A cell of the column is an encoded image (bytes), its path, opened as it is in the worker, Hugging Face's mapping of
+    either, or pixels, (H, W, C) or (H, W) uint8; where the model has no preprocessing, a tensor as the encoder takes
+    it, (C, H, W).
 
     Args:
         model: folder of a model that every worker can read, or the fitted model itself, which is pickled.
@@ -33,7 +33,7 @@ class LabelColumns:
         batch_size: images a segment runs on at a time, at most (default 32): every call ends with a flush of smaller
             batches, so a call should hold some 32 of them; a GPU wants larger batches, and then larger calls.
         device: auto, cpu, cuda, ...
-        max_pixels: of one image; larger ones are unreadable.
+        max_pixels: of one image; larger ones are unreadable; None (default): as in fit.
         supplied: what the model does not hold, as in `ssl_exit.load`: encoder, front, head, transform, trust.
 
     Raises:
@@ -48,7 +48,7 @@ class LabelColumns:
         *,
         batch_size: int = 32,
         device: str = "auto",
-        max_pixels: int = Runtime.max_pixels,
+        max_pixels: int | None = None,
         **supplied: Any,
     ) -> None:
         self.source, self.image_column, self.id_column = model, image_column, id_column
@@ -116,7 +116,7 @@ class LabelColumns:
         preprocessing = self.model.preprocessing
         if preprocessing is None:
             return open_images(torch.stack([torch.as_tensor(cell, dtype=torch.float32) for cell in cells]))
-        return open_images(_Cells(cells, preprocessing, self.max_pixels))
+        return open_images(_Cells(cells, preprocessing, self.max_pixels or self.model.settings.runtime.max_pixels))
 
 
 class _Cells(ImageFiles):
