@@ -413,7 +413,7 @@ def test_time_as_the_cost_that_is_saved(encoder, rgb_digits, monkeypatch):
         stages, exits = np.array([[0.05, 0.05, 0.9]]), np.array([[0.2, 0.0, 0.0]])
         return StageTimes(np.array([1]), stages, exits, np.zeros((1, 2)))
 
-    monkeypatch.setattr("ssl_exit.fitting.fit.stage_times", times)
+    monkeypatch.setattr("ssl_exit.fitting.cut.stage_times", times)
     by_time = clusterer(encoder, exits=exits, cost="time").fit(rgb_digits[:800])
     exits_taken = by_time.run(rgb_digits[800:]).exits
     assert (exits_taken == 1).mean() > (

@@ -6,6 +6,7 @@ Arguments annotated with a group of settings become the options of that group.
 
 import inspect
 import io
+import json
 import os
 import sys
 import warnings
@@ -53,7 +54,7 @@ def main(args: list[str] | None = None) -> None:
         function = command(words[0])
         parser = parser_of(words[0], function)
         _check_options(words[1:], parser)
-        values = parser.parse_args(words[1:]).as_dict()
+        values = parser.parse_args(_lists(words[1:], parser) if words[0] not in POSITIONAL else words[1:]).as_dict()
         if quiet:
             os.environ["TQDM_DISABLE"] = "1"
         _own_the_process()
@@ -140,6 +141,21 @@ def _check_options(words: list[str], parser: Any) -> None:
             near = get_close_matches(name, known, n=1)
             hint = f"did you mean {_hyphened(near[0])}?" if near else "--help lists all"
             raise InputError(f"{parser.prog} has no option {_hyphened(name)}; {hint}")
+
+
+def _lists(words: list[str], parser: Any) -> list[str]:
+    """--mean 0.5 0.5 0.5 -> --mean [0.5, 0.5, 0.5], for all options that take a list."""
+    hints = {o: str(getattr(action, "_typehint", "")) for action in parser._actions for o in action.option_strings}
+    result: list[str] = []
+    while words:
+        name, *words = words
+        n = next((i for i, word in enumerate(words) if word.startswith("--")), len(words))
+        few, hint = words[:n], hints.get(name, "")
+        if few and "list[" in hint and not few[0].startswith("[") and (n > 1 or "str |" not in hint.split("list[")[0]):
+            few = [f"[{', '.join(few)}]" if "list[float" in hint else json.dumps(few)]
+        result += [name, *few]
+        words = words[n:]
+    return result
 
 
 def _arguments(function: Callable[..., None], values: dict[str, Any]) -> dict[str, Any]:

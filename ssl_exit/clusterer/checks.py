@@ -4,9 +4,21 @@ from typing import Any
 
 import numpy as np
 
+from ssl_exit.encoders.head import head_of
 from ssl_exit.errors import InputError
+from ssl_exit.settings import Settings
 
 NEGLIGIBLE = 1e-12  # FAISS divides by sums of weights
+
+
+def beside(
+    y: Any, sample_weight: Any, n: int, settings: Settings, encoder: Any
+) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """Classes and weights of n images, where there are any: classes are for the supervised mode, and for encoders without
+    a head of the user's."""
+    learnt = y is not None and settings.clusters.supervised and head_of(encoder) is None
+    classes = checked_classes(y, n, settings.k) if learnt else None
+    return classes, None if sample_weight is None else checked_weights(sample_weight, n)
 
 
 def checked_classes(y: Any, n: int, n_classes: int) -> np.ndarray:

@@ -13,20 +13,21 @@ from sklearn.base import ClusterMixin
 from ssl_exit.cascade.cascade import describe
 from ssl_exit.cascade.result import ExitResult
 from ssl_exit.clusterer.attributes import Fitted
-from ssl_exit.clusterer.checks import checked_classes, checked_weights
+from ssl_exit.clusterer.checks import beside
 from ssl_exit.data.images import Batch, ImageData, ImageSource, open_images
 from ssl_exit.data.items import each_image, unsized
 from ssl_exit.data.reading import parts, read, warn_of_skipped
 from ssl_exit.encoders.build import EncoderSpec
 from ssl_exit.encoders.graph import as_module
-from ssl_exit.encoders.head import head_of
 from ssl_exit.errors import InputError
 from ssl_exit.exits.audit import DriftAudit
 from ssl_exit.exits.final import FinalClusters
 from ssl_exit.exits.thresholds import Recorded, trade_off
 from ssl_exit.fitting.calibrate import refuse_fitted, too_few, warn_of_nothing
 from ssl_exit.fitting.fit import fit, recalibrate
+from ssl_exit.fitting.fit_shard import fit_shard
 from ssl_exit.fitting.record import record
+from ssl_exit.fitting.shards import Shard
 from ssl_exit.measure.evaluation import Evaluation, evaluate
 from ssl_exit.measure.explanation import Explanation, explain
 from ssl_exit.model import Model
@@ -79,10 +80,9 @@ class ExitClusterer(ClusterMixin, Fitted):
         times_: measured seconds of stages and exits at several batch sizes (see `StageTimes`).
         audit_: the DriftAudit of all images since fit(), calibrate() or load(); None without one.
 
-    See Also:
-        `ssl_exit.load` reads a saved model. docs/parameters.md lists every field of every group.
-
     Notes:
+        docs/parameters.md lists every field of every group.
+
         fit() passes once over the images (twice with `Rule.mirror`), and times stages on one batch. With a front it
         passes once more with the full encoder, keeps the images in half precision where they take less than a quarter
         of the memory, and their soft assignments twice, and passes over them in every epoch. It holds in
@@ -105,7 +105,12 @@ class ExitClusterer(ClusterMixin, Fitted):
     """
 
     def fit(
-        self, data: ImageData, y: np.ndarray | None = None, sample_weight: np.ndarray | None = None
+        self,
+        data: ImageData,
+        y: np.ndarray | None = None,
+        sample_weight: np.ndarray | None = None,
+        *,
+        shard: Shard | None = None,
     ) -> "ExitClusterer":
         """Find final clusters, fit an exit rule at every exit point, and calibrate on images held out by seed.
 
@@ -113,25 +118,18 @@ class ExitClusterer(ClusterMixin, Fitted):
             data: images (see `open_images`); never labels.
             y: classes, (N,) int, in the supervised mode; ignored otherwise, as scikit-learn has it.
             sample_weight: of every image in k-means, (N,), >= 0; None: all alike. Exit rules count every image once.
+            shard: where the data are one of several shards, whose fits come to one model (docs/scale.md): a
+                `ssl_exit.scale.DistributedShard` or `StoredShard`; None (default): they are all there is.
 
         Raises:
             InputError: parameters, images or an encoder that cannot be used; nothing fitted before is lost.
+            PartWritten: not an error: with a `StoredShard`, the part of this job is written.
         """
-        settings = self.settings()
-        source = self._open(data)
-        learnt = y is not None and settings.clusters.supervised and head_of(self.encoder) is None  # it has its own
-        classes = checked_classes(y, len(source), settings.k) if learnt else None
-        weights = None if sample_weight is None else checked_weights(sample_weight, len(source))
-        spec = self.encoder if isinstance(self.encoder, EncoderSpec) else None
-        if foreseen := too_few(len(source), settings):
-            warnings.warn(foreseen, stacklevel=2)
-        with torch.random.fork_rng(devices=[]):
-            network = spec.build() if spec else as_module(self.encoder)  # type: ignore[arg-type]
-        model = fit(network, source, settings, self.preprocessing, classes, spec.recipe() if spec else None, weights)
-        self._hold(model)
+        with shard or Shard():  # which tells the others where this one fails
+            source, foreseen = self._fit(data, y, sample_weight, shard)
         self.__dict__.pop("labels_", None)  # of other images
-        if not foreseen and settings.calibration.holdout:
-            warn_of_nothing(model.certificate, stacklevel=2)
+        if not foreseen and self.model_.settings.calibration.holdout:
+            warn_of_nothing(self.model_.certificate, stacklevel=2)
         warn_of_skipped(self.skipped_, source, "`skipped_`")
         return self
 
@@ -293,6 +291,23 @@ class ExitClusterer(ClusterMixin, Fitted):
             calibration={"audit": how.audit, "false_alarm": how.false_alarm},
         )
         save_model(Path(folder), replace(model, settings=settings, preprocessing=self.preprocessing))
+
+    def _fit(
+        self, data: ImageData, y: np.ndarray | None, sample_weight: np.ndarray | None, shard: Shard | None
+    ) -> tuple[ImageSource, str]:
+        """Hold a new model; return its images, and why none may exit early where that is known before."""
+        settings, source = self.settings(), self._open(data)
+        about_images = beside(y, sample_weight, len(source), settings, self.encoder)
+        if shard is not None and any(each is not None for each in about_images):
+            raise InputError("a fit of shards takes neither y nor sample_weight")
+        if foreseen := too_few(len(source), settings) if shard is None else "":
+            warnings.warn(foreseen, stacklevel=3)
+        spec = self.encoder if isinstance(self.encoder, EncoderSpec) else None
+        with torch.random.fork_rng(devices=[]):
+            network = spec.build() if spec else as_module(self.encoder)  # type: ignore[arg-type]
+        how = settings, self.preprocessing, spec.recipe() if spec else None
+        self._hold(fit_shard(network, source, shard, *how) if shard else fit(network, source, *how, *about_images))
+        return source, foreseen
 
     def _squared_distances(self, data: ImageData) -> torch.Tensor:
         spherical = self._fitted().settings.clusters.spherical

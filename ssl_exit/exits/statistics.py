@@ -38,11 +38,14 @@ class ClusterStatistics:
 
     def add(self, x: Tensor, labels: Tensor) -> None:
         """Count images in: descriptors, (N, D), and their final clusters, (N,) int64."""
-        x, labels = x.cpu() - self.origin.float(), labels.cpu()
+        x, labels = x.cpu().double() - self.origin, labels.cpu()  # so that shards agree to twelve digits
         self.counts += torch.bincount(labels, minlength=len(self.counts))
-        self.sums.index_add_(0, labels, x.double())
-        if self.scatter is not None:
-            self.scatter += x.T @ x
+        self.sums.index_add_(0, labels, x)
+        if self.scatter is not None and len(x):
+            from scipy.linalg.blas import dsyrk  # half of a symmetric product: double precision at the cost of single
+
+            lower = torch.from_numpy(dsyrk(1.0, x.numpy().T, lower=1)).tril()
+            self.scatter += lower + lower.tril(-1).T
 
     def __add__(self, other: "ClusterStatistics") -> "ClusterStatistics":
         """The statistics of both sets of images.

@@ -5,11 +5,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+from torch import nn
 
 from ssl_exit.cascade.cascade import Cascade
 from ssl_exit.data.hashes import SeenImages, images_hash, unseen
 from ssl_exit.data.images import Batch, ImageSource
+from ssl_exit.data.preprocessing import AnyPreprocessing
 from ssl_exit.data.reading import read
+from ssl_exit.encoders.build import EncoderSpec
+from ssl_exit.encoders.front import FrontDescriptor
 from ssl_exit.encoders.stages import MOST_EXITS
 from ssl_exit.errors import InputError
 from ssl_exit.exits.cbt import cbt_path
@@ -23,9 +27,10 @@ from ssl_exit.exits.certificate import (
 )
 from ssl_exit.exits.registry import rule_classes
 from ssl_exit.exits.thresholds import Recorded, threshold_path
-from ssl_exit.fitting.place import choose
+from ssl_exit.fitting.place import choose, work
 from ssl_exit.fitting.record import Logits, fit_temperatures, mean_probabilities, record, record_logits
 from ssl_exit.model import Model, hash_of_cut
+from ssl_exit.provenance import Provenance
 from ssl_exit.settings import Settings
 
 LOGITS_BYTES = 1 << 28  # for the logits of the images that shape the threshold path
@@ -94,23 +99,6 @@ def shape_path(cascade: Cascade, logits: Logits, settings: Settings, *, place: b
     return ThresholdPath(fresh, every, recorded, costs)
 
 
-def work(cascade: Cascade, cost: str) -> tuple[np.ndarray, np.ndarray]:
-    """Cost of every stage and of every exit's own work / the full encoder's, (E + 1,) each.
-
-    Args:
-        cascade: with measured times.
-        cost: "macs" for its multiply-adds, or "time".
-    """
-    assert cascade.times is not None
-    stage, own = cascade.times.stage_seconds, cascade.times.exit_seconds
-    own = own + np.append(cascade.times.move_seconds, 0)  # those that stay are moved into the next queue
-    if cost == "macs":
-        stage = np.array(cascade.tapped.staged.macs, dtype=np.float64)
-        own = np.diff(cascade.costs, prepend=0) * (stage.sum() + cascade.final.macs) - stage
-    full = stage.sum() + own[-1]
-    return stage / full, own / full
-
-
 def leaving_costs(cascade: Cascade, cost: str, open_: Sequence[int]) -> np.ndarray:
     """Cost of leaving at each exit and, last, of the full encoder, (E + 1,), where some exits let images leave."""
     stage, own = work(cascade, cost)
@@ -143,9 +131,13 @@ def hold_out(n: int, settings: Settings) -> tuple[np.ndarray, np.ndarray]:
 
 def split_held_out(held: np.ndarray, logits_per_image: int) -> tuple[np.ndarray, np.ndarray]:
     """Positions of held-out images, (n,): those that shape thresholds, as memory allows, and those that certify."""
-    room = LOGITS_BYTES // (4 * max(1, logits_per_image))
-    shaping, certifying = np.split(held, [min(round(SHAPING * len(held)), room)])
+    shaping, certifying = np.split(held, [min(round(SHAPING * len(held)), most_shaping(logits_per_image))])
     return shaping, certifying
+
+
+def most_shaping(logits_per_image: int) -> int:
+    """Images that shape thresholds at most, as memory allows."""
+    return LOGITS_BYTES // (4 * max(1, logits_per_image))
 
 
 def calibrate(model: Model, read: Read, held: tuple[np.ndarray, np.ndarray], settings: Settings) -> Model:
@@ -164,7 +156,7 @@ def calibrate(model: Model, read: Read, held: tuple[np.ndarray, np.ndarray], set
         The model with new thresholds, path and certificate; its provenance says what was used and skipped.
     """
     shaping, certifying = held
-    cascade, how = model.cascade, settings.calibration
+    cascade = model.cascade
     fitted = SeenImages([model.provenance.images])
     shaped: list[np.ndarray] = []
     logits, skipped = record_logits(cascade, unseen(read(shaping, "calibrate"), {FITTED: fitted}, shaped))
@@ -173,12 +165,62 @@ def calibrate(model: Model, read: Read, held: tuple[np.ndarray, np.ndarray], set
     certified: list[np.ndarray] = []
     seen = {FITTED: fitted, SHAPED: SeenImages(shaped)}
     proof, more = record(path.cascade, unseen(read(certifying, "certify"), seen, certified))
-    if how.guarantee == "exit":  # by how many images certify, not by what they say
-        closed = close_thin_cells(
-            path.settings, path.recorded, len(proof), settings.max_disagreement, settings.confidence
-        )
-        path = replace(path, settings=closed)
+    path = without_thin_cells(path, len(proof), settings)
     counts = SettingCounts.count(path.settings, proof)
+    used = SeenImages(shaped).hashes, SeenImages(certified).hashes, skipped | more
+    return calibrated(model, path, counts, *used, settings)
+
+
+def without_thin_cells(path: ThresholdPath, n: int, settings: Settings) -> ThresholdPath:
+    """The path that n images can certify: with guarantee "exit", cells where too few would leave are closed, by how
+    many images certify and not by what they say."""
+    if settings.calibration.guarantee != "exit":
+        return path
+    closed = close_thin_cells(path.settings, path.recorded, n, settings.max_disagreement, settings.confidence)
+    return replace(path, settings=closed)
+
+
+def uncertified(
+    encoder: nn.Module,
+    spec: EncoderSpec | None,
+    cascade: Cascade,
+    settings: Settings,
+    preprocessing: AnyPreprocessing | None,
+    shape: tuple[int, ...],
+    provenance: Provenance,
+    fronts: tuple[FrontDescriptor, ...] = (),
+) -> Model:
+    """A model whose thresholds let nothing exit, which `calibrated` needs; see `Model` for the arguments."""
+    path = cascade.thresholds[None]
+    nothing = SettingCounts.count(path, Recorded.empty(len(cascade.rules)))
+    _, certificate = certify(path, nothing, cascade.costs, settings.max_disagreement, settings.confidence)
+    front, clusters = replace(settings.front, network=None), replace(settings.clusters, centroids=None)
+    settings = replace(settings, front=front, clusters=clusters)  # the model has its own
+    return Model(
+        encoder, spec, cascade, settings, preprocessing, shape, certificate, path, np.full(1, np.nan), provenance,
+        hash_of_cut(encoder, fronts), fronts,
+    )  # fmt: skip
+
+
+def calibrated(
+    model: Model,
+    path: ThresholdPath,
+    counts: SettingCounts,
+    shaped: np.ndarray,
+    certified: np.ndarray,
+    skipped: dict[int, str],
+    settings: Settings,
+) -> Model:
+    """The model with thresholds from a path, and a certificate from counts.
+
+    Args:
+        model: left unchanged.
+        path: settings that were tried.
+        counts: of the images that certify.
+        shaped, certified: content hashes of the images that shaped the path, and of those that certify, uint64.
+        skipped: position and reason of images that could not be used.
+        settings: max_disagreement, confidence, batch_size and calibration are used.
+    """
     chosen, certificate = certify_path(path, counts, settings)
     new = replace(
         model,
@@ -188,14 +230,14 @@ def calibrate(model: Model, read: Read, held: tuple[np.ndarray, np.ndarray], set
             max_disagreement=settings.max_disagreement,
             confidence=settings.confidence,
             batch_size=settings.batch_size,
-            calibration=how,
+            calibration=settings.calibration,
         ),
         path=path.settings,
-        path_disagreement=counts.disagreements / len(proof) if len(proof) else np.full(len(path.settings), np.nan),
+        path_disagreement=counts.disagreements / counts.n if counts.n else np.full(len(path.settings), np.nan),
         cut_hash=hash_of_cut(model.encoder, model.fronts),
     )
-    issued_for = new.hashes() | {"images": images_hash(SeenImages(certified).hashes)}
-    used = replace(model.provenance, shaped=SeenImages(shaped).hashes, calibration_skipped=skipped | more)
+    issued_for = new.hashes() | {"images": images_hash(certified)}
+    used = replace(model.provenance, shaped=shaped, calibration_skipped=skipped)
     return replace(new, certificate=replace(certificate, issued_for=issued_for), provenance=used)
 
 

@@ -2,10 +2,57 @@
 
 import numpy as np
 
+from ssl_exit.cascade.cascade import Cascade
+from ssl_exit.exits.across import AcrossExits
 from ssl_exit.exits.thresholds import Recorded, foretold_agreement, threshold_path, trade_off
+from ssl_exit.fitting.record import Logits, fit_temperatures
 from ssl_exit.provenance import ExitChoice
+from ssl_exit.settings import Settings
 
 LEAST = 0.001  # of the full encoder's cost that an exit must save to be kept
+
+
+def places_exits(settings: Settings) -> bool:
+    """Whether exits are left out that do not pay: not where they were named, nor where they depend on each other
+    (patience, ensembling), since without one the others say otherwise."""
+    exits = settings.exits
+    return (
+        isinstance(exits.points, str)
+        and exits.points == "auto"
+        and not AcrossExits(exits.patience, exits.ensemble).active
+    )
+
+
+def judged(cascade: Cascade, logits: Logits, settings: Settings) -> list[ExitChoice]:
+    """Which of the candidate exits pay for themselves, by the logits of held-out images; nothing without any.
+
+    Args:
+        cascade: with all candidates and measured times.
+        logits: of those images.
+        settings: cost and disagreement.
+    """
+    if len(logits) == 0:
+        return []
+    _, recorded = fit_temperatures(cascade.rules, cascade.across, logits)
+    stage, own = work(cascade, settings.calibration.cost)
+    return choose(cascade.exit_names[:-1], recorded, stage, own, settings.k, settings.max_disagreement)
+
+
+def work(cascade: Cascade, cost: str) -> tuple[np.ndarray, np.ndarray]:
+    """Cost of every stage and of every exit's own work / the full encoder's, (E + 1,) each.
+
+    Args:
+        cascade: with measured times.
+        cost: "macs" for its multiply-adds, or "time".
+    """
+    assert cascade.times is not None
+    stage, own = cascade.times.stage_seconds, cascade.times.exit_seconds
+    own = own + np.append(cascade.times.move_seconds, 0)  # those that stay are moved into the next queue
+    if cost == "macs":
+        stage = np.array(cascade.tapped.staged.macs, dtype=np.float64)
+        own = np.diff(cascade.costs, prepend=0) * (stage.sum() + cascade.final.macs) - stage
+    full = stage.sum() + own[-1]
+    return stage / full, own / full
 
 
 def choose(

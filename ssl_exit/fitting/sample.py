@@ -76,11 +76,15 @@ def sample(tapped: TappedEncoder, batches: Iterable[Batch], n: int) -> Sample:
     result = Sample.empty(0, tapped)
     for batch in batches:
         hashes = image_hashes(batch.images) if len(batch.indices) else np.empty(0, np.uint64)
-        (described,) = finite_descriptors(describe(tapped, [batch]), {})
-        kept = np.isin(batch.indices.numpy(), described.indices.numpy())
-        one = Sample(hashes[kept], described.indices, described.descriptors.cpu(), described.features.cpu())
-        result = (result + one).lowest(n)
+        result = (result + described_sample(tapped, batch, hashes, {})).lowest(n)
     return result
+
+
+def described_sample(tapped: TappedEncoder, batch: Batch, hashes: np.ndarray, skipped: dict[int, str]) -> Sample:
+    """All usable images of a batch by their content hashes, (N,) uint64; the others are added to `skipped`."""
+    (described,) = finite_descriptors(describe(tapped, [batch]), skipped)
+    kept = np.isin(batch.indices.numpy(), described.indices.numpy())
+    return Sample(hashes[kept], described.indices, described.descriptors.cpu(), described.features.cpu())
 
 
 @dataclass(frozen=True, eq=False)

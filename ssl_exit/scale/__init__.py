@@ -1,6 +1,11 @@
-"""Corpora that one process does not read: a fitted model applied to columns of images by Ray Data, Spark or Daft."""
+"""Corpora that one process does not read: a model fitted by many processes or jobs, and applied to columns of images by
+Ray Data, Spark or Daft."""
 
+from ssl_exit.fitting.parts import PartWritten, StoredShard, merge_parts
+from ssl_exit.fitting.shards import DistributedShard
 from ssl_exit.scale.columns import LabelColumns
 from ssl_exit.scale.ray_data import label_dataset, label_files
 
-__all__ = ["LabelColumns", "label_dataset", "label_files"]
+__all__ = [
+    "DistributedShard", "LabelColumns", "PartWritten", "StoredShard", "label_dataset", "label_files", "merge_parts",
+]  # fmt: skip

@@ -1,0 +1,192 @@
+"""A fit of shards that never meet: each job writes its part of a step into a folder, and the parts are merged as files.
+
+A job runs as far as merged values let it, writes its part of the next step, and stops. When all parts of a step are
+there, `merge_parts` writes what they come to into every folder, and the jobs run again. Files hold numbers and names
+alone: reading them executes nothing.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ssl_exit.cascade.times import StageTimes
+from ssl_exit.data.hashes import module_hash, settings_hash, tensors_hash
+from ssl_exit.errors import InputError, shown
+from ssl_exit.exits.certificate import SettingCounts
+from ssl_exit.exits.statistics import ClusterStatistics
+from ssl_exit.files import atomic_file, file_hash
+from ssl_exit.fitting.count import Statistics
+from ssl_exit.fitting.record import Logits
+from ssl_exit.fitting.sample import Sample
+from ssl_exit.fitting.shards import STEPS, Counted, Shaping, Shard, Survey, Surveyed, T
+
+KINDS = {
+    kind.__name__: kind
+    for kind in (Survey, Surveyed, Sample, Statistics, ClusterStatistics, Shaping, Logits, StageTimes, Counted,
+                 SettingCounts)
+}  # fmt: skip
+KIND, ARRAY = "kind", "array"  # keys of what stands for a dataclass and an array
+
+
+class PartWritten(Exception):
+    """Not an error: a job has written its part of a step, and goes on when all parts are merged."""
+
+
+class StoredShard(Shard):
+    """One of several jobs, which need not run at the same time, nor on machines that know each other.
+
+    Args:
+        folder: of this job alone, for its parts; the same at every run.
+
+    Raises:
+        InputError: the folder holds parts of another fit.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder, self.steps, self.after = Path(folder), 0, ""
+        self.derived = ""
+
+    def same(self, make: Callable[[], T]) -> T:
+        """Every job comes to it by itself; `merge_parts` checks that it is the same."""
+        made = make()
+        self.derived = settings_hash([self.derived, _digest(made)])
+        return made
+
+    def merged(self, step: str, part: Callable[[], Any]) -> tuple[Any, Any]:
+        """This job's part of a step, and what all of them come to.
+
+        Raises:
+            PartWritten: the step is not merged yet.
+            InputError: a file of another fit, or a damaged one.
+        """
+        self.steps += 1
+        file = self.folder / f"{self.steps}-{step}.part"
+        if not file.is_file():
+            value = part()
+            write_part(file, {"after": self.after, "derived": self.derived, "value": value})
+        own, merged = read_part(file), file.with_suffix(".merged")
+        if own["after"] != self.after:
+            raise InputError(f"{str(file)!r} was computed after another merged step; begin with an empty folder")
+        if not merged.is_file():
+            raise PartWritten(f"part of step {self.steps} ({step}) written to {str(file)!r}")
+        result = read_part(merged)
+        if result["of"][result["rank"]] != file_hash(file):
+            raise InputError(f"{str(merged)!r} was merged from another part than {str(file)!r}; merge again")
+        self.rank, self.after = result["rank"], file_hash_of(result["of"])
+        return own["value"], result["value"]
+
+
+def merge_parts(folders: Sequence[str | Path]) -> str:
+    """Merge the newest step, of which every folder must have a part, and write the result into every folder.
+
+    Args:
+        folders: of all jobs, the same ones at every step.
+
+    Returns:
+        What was merged, in a line.
+
+    Raises:
+        InputError: a folder without a part, or without one of the same step; or parts of different fits.
+    """
+    places = [Path(folder) for folder in folders]
+    if len({place.resolve() for place in places}) < len(places):
+        raise InputError("a folder of parts is named twice")
+    newest = [max(place.glob("*.part"), key=_number, default=None) for place in places]
+    if missing := [str(place) for place, file in zip(places, newest, strict=True) if file is None]:
+        raise InputError(f"there are no parts of a fit in {shown(missing)}: run their jobs first, with --part")
+    files = [file for file in newest if file is not None]
+    if len({file.name for file in files}) > 1:
+        behind = min(files, key=_number)
+        raise InputError(f"{str(behind)!r} is a step behind the others: run its job again, then merge")
+    _, _, step = files[0].stem.partition("-")
+    if step not in STEPS:
+        raise InputError(f"{str(files[0])!r} is no part of a fit")
+    parts = [read_part(file) for file in files]
+    if len({part["after"] for part in parts}) > 1:
+        raise InputError(f"parts of step {step} were computed after different merged steps; begin with empty folders")
+    if len({part["derived"] for part in parts}) > 1:
+        raise InputError(
+            f"before step {step} jobs came from the same numbers to different clusters or rules: run all of them on "
+            "machines of one kind, with the same versions and number of threads"
+        )
+    value, hashes = STEPS[step]([part["value"] for part in parts]), [file_hash(file) for file in files]
+    for rank, file in enumerate(files):
+        write_part(file.with_suffix(".merged"), {"rank": rank, "of": hashes, "value": value})
+    return f"step {files[0].stem.partition('-')[0]} ({step}) of {len(files)} parts merged; run the jobs again"
+
+
+def file_hash_of(hashes: Sequence[str]) -> str:
+    """One name for the merged step of these parts."""
+    return "-".join(hash_[:16] for hash_ in hashes)
+
+
+def write_part(file: Path, content: dict[str, Any]) -> None:
+    """Write a part or a merged value; the file appears complete or not at all."""
+    with atomic_file(file) as draft:
+        torch.save({name: _plain(value) for name, value in content.items()}, draft)
+
+
+def read_part(file: Path) -> dict[str, Any]:
+    """What `write_part` wrote.
+
+    Raises:
+        InputError: it is damaged, or something else.
+    """
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True)
+        return {name: _made(value) for name, value in dict(content).items()}
+    except (UnpicklingError, RuntimeError, EOFError, KeyError, TypeError, ValueError) as error:
+        reason = next(iter(str(error).splitlines()), "")
+        raise InputError(f"{str(file)!r} is no part of a fit, or damaged: {reason}") from error
+
+
+def _number(file: Path) -> int:
+    number = file.name.partition("-")[0]
+    return int(number) if number.isdigit() else 0
+
+
+def _plain(value: Any) -> Any:
+    """Tensors, numbers, names, lists and dictionaries in place of arrays and dataclasses."""
+    if is_dataclass(value):
+        own = {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
+        return {KIND: type(value).__name__, **own}
+    if isinstance(value, np.ndarray):
+        return {ARRAY: torch.from_numpy(np.ascontiguousarray(value)).clone()}
+    if isinstance(value, torch.Tensor):
+        return value.cpu().clone()
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    if isinstance(value, dict):
+        return {name: _plain(one) for name, one in value.items()}
+    return str(value) if isinstance(value, str) else value  # no subclass of it
+
+
+def _digest(value: Any) -> Any:
+    """What JSON can hold, the same for equal values in any process."""
+    if isinstance(value, nn.Module):
+        return module_hash(value)
+    if is_dataclass(value):
+        return [_digest(getattr(value, f.name)) for f in fields(value)]
+    if isinstance(value, list | tuple):
+        return [_digest(one) for one in value]
+    if isinstance(value, np.ndarray):
+        value = torch.from_numpy(np.ascontiguousarray(value))
+    return tensors_hash({"": value}) if isinstance(value, torch.Tensor) else str(value)
+
+
+def _made(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_made(one) for one in value]
+    if not isinstance(value, dict):
+        return value
+    if value.keys() == {ARRAY}:
+        array: np.ndarray = value[ARRAY].numpy()
+        return array
+    own = {name: _made(one) for name, one in value.items() if name != KIND}
+    return KINDS[value[KIND]](**own) if KIND in value else own
