@@ -1,5 +1,6 @@
 """ssl-exit predict"""
 
+import os
 import sys
 from pathlib import Path
 from typing import Any, Literal
@@ -39,21 +40,25 @@ def predict(
         trust: the module:function of a model whose encoder was built by code of yours (on the Python path): it is
             imported and called.
         device: auto, cpu, cuda, cuda:1, ...
-        engine: here, in this process; or ray, by Ray Data (pip install 'ssl-exit[ray]'), for a folder of images or
-            Parquet files: out is then a folder of Parquet files of id, label, exit, score and reason, in no order.
+        engine: here, in this process; or ray, by Ray Data (pip install 'ssl-exit[ray]'): out is then a folder of
+            Parquet files of id, label, exit, score and reason, in no order.
         actors: of Ray, the processes that label.
         id_column: of Ray, the column of Parquet files that tells rows apart; images have their path.
         checkpoint: of Ray, a folder of ids that are done, behind which the same command continues after a kill.
     """
     if engine == "ray":
         from ssl_exit.errors import InputError
+
+        if embeddings or num_workers or compile is not None:
+            raise InputError("--embeddings, --compile and --num-workers are not for --engine ray")
+        os.environ.setdefault("RAY_DATA_NON_TTY_PROGRESS_LOG_INTERVAL", "60")  # seconds, where there is no terminal
         from ssl_exit.scale import label_files
 
-        if embeddings or num_workers or audit is not None or compile is not None:
-            raise InputError("--embeddings, --audit, --compile and --num-workers are not for --engine ray")
         asked: dict[str, Any] = {"id_column": id_column, "checkpoint": checkpoint, "actors": actors}
-        n = label_files(data, model, out, device=device, trust=trust, max_pixels=max_pixels, **asked)
-        print(f"{n} rows in {out}")
+        n, audited = label_files(
+            data, model, out, audit=audit, device=device, trust=trust, max_pixels=max_pixels, **asked
+        )
+        print(f"{n} rows in {out}" + (f"\naudit: {audited}" if audited else ""))
         return
     from ssl_exit.cli.common import check_embeddings, label_images, list_skipped, write_embeddings
     from ssl_exit.clusterer import load

@@ -14,8 +14,8 @@ NEGLIGIBLE = 1e-12  # FAISS divides by sums of weights
 def beside(
     y: Any, sample_weight: Any, n: int, settings: Settings, encoder: Any
 ) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """Classes and weights of n images, where there are any: classes are for the supervised mode, and for encoders without
-    a head of the user's."""
+    """Classes and weights of n images, where there are any: classes are for the supervised mode, and for encoders
+    without a head of the user's."""
     learnt = y is not None and settings.clusters.supervised and head_of(encoder) is None
     classes = checked_classes(y, n, settings.k) if learnt else None
     return classes, None if sample_weight is None else checked_weights(sample_weight, n)

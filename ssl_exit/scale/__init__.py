@@ -3,9 +3,8 @@ Ray Data, Spark or Daft."""
 
 from ssl_exit.fitting.parts import PartWritten, StoredShard, merge_parts
 from ssl_exit.fitting.shards import DistributedShard
-from ssl_exit.scale.columns import LabelColumns
+from ssl_exit.scale.columns import LabelColumns, audit_of
 from ssl_exit.scale.ray_data import label_dataset, label_files
 
-__all__ = [
-    "DistributedShard", "LabelColumns", "PartWritten", "StoredShard", "label_dataset", "label_files", "merge_parts",
-]  # fmt: skip
+__all__ = ["DistributedShard", "LabelColumns", "PartWritten", "StoredShard", "audit_of", "label_dataset", "label_files",
+           "merge_parts"]  # fmt: skip

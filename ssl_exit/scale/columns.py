@@ -1,7 +1,7 @@
 """Images in columns, as engines for large data hold them, to columns of labels."""
 
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,11 @@ from PIL import Image
 from ssl_exit.data.image_files import ImageFiles, Unreadable
 from ssl_exit.data.images import ImageSource, open_images
 from ssl_exit.errors import InputError, shown
+from ssl_exit.exits.audit import DriftAudit
 from ssl_exit.model import Model
 from ssl_exit.storage import Supplied, load_model
 
-COLUMNS = ("label", "exit", "score", "reason")
+COLUMNS = ("label", "exit", "score", "reason", "audited")
 
 
 class LabelColumns:
@@ -32,6 +33,8 @@ class LabelColumns:
         id_column: the only other column that is kept; None (default) keeps all others.
         batch_size: images a segment runs on at a time, at most (default 32): every call ends with a flush of smaller
             batches, so a call should hold some 32 of them; a GPU wants larger batches, and then larger calls.
+        audit: share of the images that leave early which go on to the end too; their rows then have its label under
+            audited, and others -1 (see `audit_of`); None (default): as in fit.
         device: auto, cpu, cuda, ...
         max_pixels: of one image; larger ones are unreadable; None (default): as in fit.
         supplied: what the model does not hold, as in `ssl_exit.load`: encoder, front, head, transform, trust.
@@ -47,12 +50,13 @@ class LabelColumns:
         id_column: str | None = None,
         *,
         batch_size: int = 32,
+        audit: float | None = None,
         device: str = "auto",
         max_pixels: int | None = None,
         **supplied: Any,
     ) -> None:
         self.source, self.image_column, self.id_column = model, image_column, id_column
-        self.batch_size, self.device, self.max_pixels = batch_size, device, max_pixels
+        self.batch_size, self.audit, self.device, self.max_pixels = batch_size, audit, device, max_pixels
         self.supplied = Supplied(**supplied)
 
     @cached_property
@@ -71,7 +75,7 @@ class LabelColumns:
 
         Returns:
             The same kind, with the columns that are kept and, for every row, label (int64; -1: unusable), exit (its
-            name), score (float32) and reason (why an image is unusable, else empty).
+            name), score (float32) and reason (why an image is unusable, else empty); with an audit, audited (int64).
 
         Raises:
             InputError: no such column, or one that is kept is called as one of the results.
@@ -103,20 +107,40 @@ class LabelColumns:
 
     def _labels(self, cells: list[Any]) -> dict[str, np.ndarray]:
         n, model = len(cells), self.model
+        share = model.settings.calibration.audit if self.audit is None else self.audit
         if n == 0:
             empty: dict[str, Any] = {"label": np.int64, "exit": str, "score": np.float32, "reason": str}
-            return {name: np.empty(0, kind) for name, kind in empty.items()}
+            more = {"audited": np.int64} if share else {}
+            return {name: np.empty(0, kind) for name, kind in (empty | more).items()}
         batch = min(self.batch_size, model.settings.batch_size)
-        result = model.run(self._images(cells).batches(np.arange(n), batch), n, batch)
+        chosen = np.random.default_rng().random(n) < share if share else None
+        result = model.run(self._images(cells).batches(np.arange(n), batch), n, batch, chosen)
         reasons = np.array([result.skipped.get(i, "") for i in range(n)], dtype=str)
         exits = np.array(model.cascade.exit_names, dtype=str)[result.exits]
-        return {"label": result.labels, "exit": exits, "score": result.scores, "reason": reasons}
+        rows = {"label": result.labels, "exit": exits, "score": result.scores, "reason": reasons}
+        return rows | ({"audited": result.audited} if share else {})
 
     def _images(self, cells: list[Any]) -> ImageSource:
         preprocessing = self.model.preprocessing
         if preprocessing is None:
             return open_images(torch.stack([torch.as_tensor(cell, dtype=torch.float32) for cell in cells]))
         return open_images(_Cells(cells, preprocessing, self.max_pixels or self.model.settings.runtime.max_pixels))
+
+
+def audit_of(rows: Iterable[Mapping[str, Any]], model: Model, share: float | None = None) -> DriftAudit:
+    """One audit of the rows of all workers, which so share one probability of a false alarm.
+
+    Args:
+        rows: parts of them with columns label and audited, in any order that does not depend on these.
+        model: that labelled them.
+        share: of the images that leave early that were audited; None (default): as in fit.
+    """
+    how = model.settings.calibration
+    audit = DriftAudit(model.certificate.max_disagreement, how.audit if share is None else share, how.false_alarm)
+    rng = np.random.default_rng(model.settings.random_state)
+    for part in rows:
+        audit.take(np.asarray(part["label"]), np.asarray(part["audited"]), rng)
+    return audit
 
 
 class _Cells(ImageFiles):

@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 from ssl_exit.data.image_files import EXTENSIONS, KEYS
 from ssl_exit.errors import InputError, shown
+from ssl_exit.exits.audit import DriftAudit
 from ssl_exit.model import Model
-from ssl_exit.scale.columns import LabelColumns
+from ssl_exit.scale.columns import LabelColumns, audit_of
 
 if TYPE_CHECKING:
     from ray.data import Dataset
@@ -56,6 +57,7 @@ def label_dataset(
     cpus = ray.cluster_resources().get("CPU", 0.0)
     if cpus < 2:
         raise InputError(f"Ray has {cpus:g} CPUs; labelling needs two, one for reading beside the actors")
+    others = 1 if ray.data.DataContext.get_current().checkpoint_config is None else 2  # readers, and what is done
     options.setdefault("batch_size", max(1, images_per_call // PER_CALL))
     labels = LabelColumns(str(model) if isinstance(model, Path) else model, image_column, id_column, **options)
     return dataset.map_batches(
@@ -64,7 +66,7 @@ def label_dataset(
         batch_size=images_per_call,
         batch_format="numpy",
         compute=ray.data.ActorPoolStrategy(size=actors),
-        num_cpus=min(1.0, (cpus - 1) / actors),  # with none left for readers Ray waits for ever
+        num_cpus=max(0.0, min(1.0, (cpus - others) / actors)),  # with none left for readers Ray waits for ever
         num_gpus=gpus_per_actor,
     )
 
@@ -77,21 +79,25 @@ def label_files(
     id_column: str | None = None,
     image_column: str | None = None,
     checkpoint: str | None = None,
+    audit: float | None = None,
     **options: Any,
-) -> int:
+) -> tuple[int, DriftAudit | None]:
     """Label images in files by Ray Data, and write Parquet files of id, label, exit, score and reason.
 
     Args:
-        data: a folder of images, or of Parquet files, or one such file; local, or as pyarrow and Ray read it (s3://...).
+        data: a folder of images, of tar shards or of Parquet files, or one such file; local, or as pyarrow and Ray read
+            it (s3://...), where a folder is taken for one of images.
         model: as in `label_dataset`.
         out: folder for Parquet files, new or empty, unless a checkpoint continues it.
-        id_column: of Parquet files, the column that tells rows apart; of images it is their "path".
+        id_column: of Parquet files, the column that tells rows apart; of images it is their "path", in a tar shard that
+            of the shard and of the member.
         image_column: of Parquet files; None: the first of the usual names.
         checkpoint: folder in which Ray keeps the ids that are done; the same call continues behind them.
+        audit: as in `LabelColumns`.
         options: others of `label_dataset`.
 
     Returns:
-        The number of rows in `out`.
+        The number of rows in `out`, and the audit of all of them, if there is one.
 
     Raises:
         InputError: as in `label_dataset`; a Parquet file without an id; or a folder that holds something else.
@@ -103,8 +109,8 @@ def label_files(
     context = ray.data.DataContext.get_current()
     before = context.checkpoint_config
     try:
-        parquet = data.endswith(".parquet") or any(Path(data).glob("*.parquet"))
-        if parquet:
+        kind = _kind(data)
+        if kind == "parquet":
             names = list(ray.data.read_parquet(data).schema().names)
             if id_column not in names:
                 raise InputError(f"rows of Parquet files need an id (--id-column); columns are {shown(names)}")
@@ -115,15 +121,39 @@ def label_files(
             from ray.data.checkpoint import CheckpointConfig
 
             context.checkpoint_config = CheckpointConfig(id_column, checkpoint, delete_checkpoint_on_success=False)
-        if not parquet:
-            extensions = [extension[1:] for extension in EXTENSIONS]
-            dataset = ray.data.read_binary_files(data, include_paths=True, file_extensions=extensions)
-        else:
-            dataset = ray.data.read_parquet(data, columns=[id_column, image_column])
-        label_dataset(dataset, model, image_column, id_column, **options).write_parquet(out)
+        rows = _rows(data, kind, [str(id_column), image_column])
+        label_dataset(rows, model, image_column, id_column, audit=audit, **options).write_parquet(out)
     finally:
         context.checkpoint_config = before
-    return ray.data.read_parquet(out).count()
+    written = ray.data.read_parquet(out)
+    schema = written.schema()
+    if schema is None or "audited" not in schema.names:
+        return written.count(), None
+    keys = ("actors", "gpus_per_actor", "images_per_call")
+    labels = LabelColumns(model, **{name: value for name, value in options.items() if name not in keys})
+    parts = ray.data.read_parquet(out, columns=["label", "audited"]).iter_batches(batch_size=8192, batch_format="numpy")
+    return written.count(), audit_of(parts, labels.model, audit)
+
+
+def _kind(data: str) -> str:
+    """parquet, tar or images."""
+    for kind in ("parquet", "tar"):
+        if data.endswith(f".{kind}") or any(Path(data).glob(f"*.{kind}")):
+            return kind
+    return "images"
+
+
+def _rows(data: str, kind: str, columns: list[str]) -> "Dataset":
+    import ray.data
+
+    if kind == "parquet":
+        return ray.data.read_parquet(data, columns=columns)
+    if kind == "tar":
+        from ssl_exit.scale.tar_source import TarShards
+
+        return ray.data.read_datasource(TarShards(data, file_extensions=["tar"]))
+    extensions = [extension[1:] for extension in EXTENSIONS]
+    return ray.data.read_binary_files(data, include_paths=True, file_extensions=extensions)
 
 
 def _start() -> Any:

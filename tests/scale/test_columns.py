@@ -2,6 +2,8 @@
 
 import io
 import pickle
+import tarfile
+from dataclasses import replace
 
 import cloudpickle
 import numpy as np
@@ -12,7 +14,7 @@ from PIL import Image
 from ssl_exit import InputError, Preprocessing, load
 from ssl_exit.cli import main
 from ssl_exit.data.image_files import FolderImages
-from ssl_exit.scale import LabelColumns, label_dataset
+from ssl_exit.scale import LabelColumns, audit_of, label_dataset
 from tests.conftest import clusterer, untrained
 
 N = 200
@@ -91,6 +93,83 @@ def test_columns_that_are_missing_or_in_the_way(fitted):
         LabelColumns(c.model_)({"photo": []})
     with pytest.raises(InputError, match="rename them, or set id_column"):
         LabelColumns(c.model_)({"image": [], "label": []})
+
+
+def test_rows_carry_the_audit_and_one_audit_reads_all_of_them(fitted, pixels):
+    c, cells = fitted, list(pixels[:N])
+    label = LabelColumns(c.model_, audit=1.0)
+    rows, full = label({"image": cells}), c.predict_full(torch.from_numpy(pixels[:N]).permute(0, 3, 1, 2))
+    early = rows["exit"] != "end"
+    assert early.any()
+    np.testing.assert_array_equal(rows["audited"], np.where(early, full, -1))
+    assert list(label({"image": []})) == list(rows)
+    parts = [{name: values[part] for name, values in rows.items()} for part in (slice(40), slice(40, None))]
+    audit = audit_of(parts, c.model_, 1.0)
+    assert (audit.images, audit.audited) == (N, int(early.sum()))
+    assert audit.disagreements == int((rows["label"] != full)[early].sum())
+    some = LabelColumns(c.model_, audit=0.3)({"image": cells})["audited"] >= 0
+    assert 0 < some.sum() < early.sum()
+    assert not some[~early].any()
+
+
+def test_many_workers_share_one_probability_of_a_false_alarm(fitted):
+    """Twenty workers at exactly the disagreement that is certified: one audit of all rows alarms at most so often."""
+    model, rng, alarms, redraws = fitted.model_, np.random.default_rng(0), 0, 200
+    eps, alpha = 0.1, 0.1
+    how = replace(model.settings.calibration, false_alarm=alpha)
+    model = replace(
+        model,
+        settings=replace(model.settings, calibration=how),
+        certificate=replace(model.certificate, max_disagreement=eps),
+    )
+    for _ in range(redraws):
+        workers = []
+        for _ in range(20):
+            labels = np.zeros(200, dtype=np.int64)
+            audited = np.where(rng.random(200) < 0.5, (rng.random(200) < eps).astype(np.int64), -1)
+            workers.append({"label": labels, "audited": audited})
+        alarms += audit_of(workers, model, 0.5).alarm is not None
+    assert alarms <= alpha * redraws + 3 * np.sqrt(alpha * (1 - alpha) * redraws)
+    drifted = [worker | {"audited": np.where(worker["audited"] >= 0, 1, -1)} for worker in workers]
+    assert audit_of(drifted, model, 0.5).alarm is not None
+
+
+@pytest.mark.slow
+def test_the_command_labels_tar_shards_and_parquet_by_ray(image_folder, tmp_path, capsys):
+    """Both as predict labels them here, with an audit, and members that are no images among them."""
+    ray = pytest.importorskip("ray")
+    import pyarrow
+    from pyarrow import parquet
+
+    source = FolderImages(image_folder, Preprocessing(8))
+    names, contents = list(source.paths), [(image_folder / path).read_bytes() for path in source.paths]
+    (shards := tmp_path / "shards").mkdir()
+    for i in range(2):
+        with tarfile.open(shards / f"{i}.tar", "w") as tar:
+            for name, content in [*zip(names[i::2], contents[i::2], strict=True), (f"{i}.txt", b"no image")]:
+                (member := tarfile.TarInfo(name)).size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    (tables := tmp_path / "tables").mkdir()
+    parquet.write_table(pyarrow.table({"key": names, "img": contents, "more": names}), tables / "a.parquet")
+    words = ["--encoder", "ssl_exit.encoders.small:digits_encoder", "--size", "8", "--mean", "0", "--std", "1",
+             "-k", "3", "--max-disagreement", "0.4", "--confidence", "0.5", "--device", "cpu"]  # fmt: skip
+    main(["fit", *words, "--data", str(image_folder), "--out", str(tmp_path / "model")])
+    by_ray = ["predict", "--engine", "ray", "--model", str(tmp_path / "model"), "--device", "cpu", "--audit", "1.0",
+              "--trust", "ssl_exit.encoders.small:digits_encoder"]  # fmt: skip
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    try:
+        continued = ["--checkpoint", str(tmp_path / "done")]  # the second time nothing is left to do
+        for data, more in ((shards, continued), (shards, continued), (tables, ["--id-column", "key"])):
+            main([*by_ray, "--data", str(data), "--out", f"{data}-out", *more])
+            printed = capsys.readouterr().out
+            assert "60 rows in" in printed
+            assert "audit: no drift found" in printed
+    finally:
+        ray.shutdown()
+    here = dict(zip(names, load(tmp_path / "model").run(str(image_folder)).labels, strict=True))
+    for out, id_ in (("shards-out", "path"), ("tables-out", "key")):
+        rows = {row[id_]: row["label"] for row in parquet.read_table(tmp_path / out).to_pylist()}
+        assert {name.partition(".tar/")[2] or name: label for name, label in rows.items()} == here
 
 
 @pytest.mark.slow
