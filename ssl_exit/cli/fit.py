@@ -79,6 +79,8 @@ def fit(
         return
     c = ExitClusterer(spec, **settings.parameters(), preprocessing=preprocessing)
     c.fit(images, images.targets if settings.clusters.supervised else None)
+    if settings.front.devices > 1 and int(os.environ.get("LOCAL_RANK", "0")):
+        return  # a process that Lightning started to teach the front
     c.save(out)
     list_skipped(c.skipped_, images.paths)
     print(f"{fit_summary(c.model_)}\nmodel written to {out}")

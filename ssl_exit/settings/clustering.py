@@ -73,6 +73,7 @@ class Front(Group):
         match: teach what the encoder answers to the very view that the front sees, three in ten with a part of another
             image; every epoch takes a pass of the encoder more.
         learning_rate: its peak, for batches of 256 images.
+        devices: processes that teach together, on a GPU each where there are any (DistributedDataParallel).
         folder: for checkpoints; a fit that was interrupted goes on from the last one.
         network: a torch.nn.Module of your own, images to features, (N, D); it is copied, never changed.
     """
@@ -90,6 +91,7 @@ class Front(Group):
     mirror: bool = option(True, flag="front_mirror")
     match: bool = option(False, flag="front_match")
     learning_rate: float = option(0.4, "(0, inf)", flag="front_learning_rate")
+    devices: int = option(1, "[1, inf)", flag="front_devices")
     folder: str | None = option(None, flag="front_folder")
     network: Any = option(None, flag=PYTHON)
 

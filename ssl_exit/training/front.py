@@ -198,22 +198,24 @@ class FrontTraining(Training):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         for group in self.trainer.optimizers[0].param_groups:
-            group["lr"] = self.how.learning_rate * self.rate * len(batch[1][0]) / BATCH
+            group["lr"] = self.how.learning_rate * self.rate * len(batch[1][0]) * self.trainer.world_size / BATCH
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.averaged.update_parameters(nn.ModuleList([self.front, self.head]))
         now = time.perf_counter()
         seconds, self.began = now - self.began, now
         self.clock.steps += 1
-        self.clock.seconds += seconds
-        self.log("images_per_second", len(batch[1][0]) / seconds, prog_bar=True, batch_size=1)
+        self.clock.seconds += self._shared(seconds)  # or one process would stop before another
+        images = len(batch[1][0]) * self.trainer.world_size
+        self.log("images_per_second", images / seconds, prog_bar=True, batch_size=1)
         if self.rate == 0:
             self.trainer.should_stop = True
 
     def on_train_epoch_end(self) -> None:
         front, head = self.averaged.module.children()
-        agreement, saving = self.measured(front, head, self.validation)
-        gap = self.measured(front, head, self.taught)[0] - agreement
+        both = (self.measured(front, head, some) for some in (self.validation, self.taught))
+        (agreement, saving), (of_taught, _) = self._shared(list(both) if self.trainer.is_global_zero else None)
+        gap = of_taught - agreement
         least, most = self.shifts
         step = max(1, least) if gap > GAP else -max(1, least)
         self.clock.shift = min(most, max(least, self.clock.shift + step))
@@ -225,6 +227,14 @@ class FrontTraining(Training):
         self.clock.best = max(saving, self.clock.best)
         if self.clock.stale >= self.how.patience:
             self.clock.fall_from = self.progress
+
+    def on_train_end(self) -> None:
+        for buffer in self.front.buffers():  # batch statistics are each process's own
+            buffer.copy_(self._shared(buffer))
+
+    def _shared(self, value: Any) -> Any:
+        """The first process's value."""
+        return self.trainer.strategy.broadcast(value)
 
     @torch.no_grad()
     def measured(self, front: nn.Module, head: nn.Module, positions: np.ndarray) -> tuple[float, float]:
@@ -310,7 +320,7 @@ def teach(
         training = FrontTraining(
             copy.deepcopy(front), before, targets, labels, validation, max_disagreement, how, answers
         )
-    batch = max(LEAST_BATCH, min(BATCH, len(taught) // STEPS))
+    batch = max(LEAST_BATCH, min(BATCH, len(taught) // STEPS)) // how.devices * how.devices
     begun = time.perf_counter()
     train(
         training,
@@ -324,6 +334,7 @@ def teach(
         batch_size=batch,
         monitor_share=0.0,
         device=device if device in ("auto", "cpu", "cuda") else "cpu",
+        devices=how.devices,
         seed=seed,
         logger="none" if folder is None else "csv",
     )

@@ -1,0 +1,82 @@
+"""The recipes of docs/scale.md for Daft and Spark, where these are installed."""
+
+import io
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ssl_exit.data.preprocessing import Preprocessing
+from ssl_exit.encoders.small import digits_encoder
+from ssl_exit.scale import LabelColumns
+from tests.conftest import clusterer
+
+N = 60
+
+
+@pytest.fixture(scope="module")
+def fitted(digits, tmp_path_factory):
+    """A model's folder, encoded images, and their labels in one process."""
+    torch.manual_seed(0)
+    options = {"n_clusters": 3, "max_disagreement": 0.2, "confidence": 0.5, "exits": ["block2"]}
+    pixels = (digits * 255).byte()
+    c = clusterer(digits_encoder(), Preprocessing(8, (0.0,), (1.0,)), **options).fit(pixels[:1000])
+    c.save(tmp_path_factory.mktemp("model") / "model")
+    images = []
+    for image in pixels[-N:, 0].numpy():
+        Image.fromarray(image).save(file := io.BytesIO(), "PNG")
+        images.append(file.getvalue())
+    return c, images, c.predict(pixels[-N:])
+
+
+@pytest.mark.slow
+def test_daft(fitted):
+    daft = pytest.importorskip("daft")
+    pyarrow = pytest.importorskip("pyarrow")
+    c, images, expected = fitted
+    types = daft.DataType
+    row = types.struct(
+        {"label": types.int64(), "exit": types.string(), "score": types.float32(), "reason": types.string()}
+    )
+
+    @daft.cls
+    class Label:
+        def __init__(self, model):
+            self.label = LabelColumns(model)
+
+        @daft.method.batch(return_dtype=row, batch_size=1024)
+        def __call__(self, images):
+            rows = self.label({"image": images.to_pylist()})
+            return pyarrow.StructArray.from_arrays([pyarrow.array(rows[name]) for name in rows], list(rows))
+
+    table = daft.from_pydict({"id": list(range(N)), "image": images})
+    labelled = table.select("id", Label(c.model_)(table["image"]).alias("row")).to_pydict()
+    labels = {i: each["label"] for i, each in zip(labelled["id"], labelled["row"], strict=True)}
+    np.testing.assert_array_equal([labels[i] for i in range(N)], expected)
+
+
+@pytest.mark.slow
+def test_spark(fitted, monkeypatch):
+    pyspark = pytest.importorskip("pyspark.sql")
+    pyarrow = pytest.importorskip("pyarrow")
+    c, images, expected = fitted
+    label = LabelColumns(c.model_, id_column="id")
+
+    def labelled(batches):
+        for batch in batches:
+            yield from label(pyarrow.Table.from_batches([batch])).to_batches()
+
+    monkeypatch.setenv("PYSPARK_PYTHON", sys.executable)
+    try:
+        spark = pyspark.SparkSession.builder.master("local[1]").config("spark.ui.enabled", "false").getOrCreate()
+    except Exception as error:
+        pytest.skip(f"Spark does not start here: {error}")
+    try:
+        table = spark.createDataFrame(list(enumerate(images)), "id long, image binary")
+        types = "id long, label long, exit string, score float, reason string"
+        rows = {row["id"]: row["label"] for row in table.mapInArrow(labelled, types).collect()}
+    finally:
+        spark.stop()
+    np.testing.assert_array_equal([rows[i] for i in range(N)], expected)
