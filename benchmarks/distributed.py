@@ -8,7 +8,7 @@ Calls: `LabelColumns` on 4,096 decoded test images of CIFAR-10, so many images a
 Printed: the speed-up over the same calls with the full encoder, and that / the speed-up that segment times and shares
 of images promise; ways run in turns.
 
-Pipelines: JPEG files to labels, decoding included: `ExitClusterer.stream` in this process, and Ray Data with one and
+Pipelines: JPEG files to labels, decoding included: `ExitClusterer.predict` in this process, and Ray Data with one and
 two actors, each with early exits and with the full encoder. Printed: images a second while all actors work, from times
 that the actors take at the start and the end of every call (at the consumer rows come in lumps); resident memory of an
 actor; seconds from the command to the first call, which start-up takes.
@@ -111,13 +111,12 @@ def by_ray(folder: Path, files: list[str], actors: int) -> dict[str, float]:
 
 
 def here(folder: Path, images: SomeImages) -> dict[str, float]:
-    """Images a second of `stream` in this process, without its first part."""
+    """Images a second of `predict` in this process, once it has run."""
     c = load(folder, device="cpu")
-    stream = c.stream(images)
-    next(stream)
+    c.predict(SomeImages(images, range(1024)))
     start = time.perf_counter()
-    done = sum(len(part.labels) for part in stream)
-    return {"rate": done / (time.perf_counter() - start)}
+    c.predict(images)
+    return {"rate": len(images) / (time.perf_counter() - start)}
 
 
 def pipelines(model: Model, n: int, repeats: int) -> list[dict[str, Any]]:
@@ -130,7 +129,7 @@ def pipelines(model: Model, n: int, repeats: int) -> list[dict[str, Any]]:
     ways: dict[tuple[str, str], Any] = {}
     for name, one in (("early", model), ("full", full(model))):
         save_model(models / name, one)
-        ways[name, "stream"] = lambda name=name: here(models / name, some)
+        ways[name, "predict"] = lambda name=name: here(models / name, some)
         for actors in (1, 2):
             ways[name, f"Ray, {actors}"] = lambda name=name, actors=actors: by_ray(models / name, files, actors)
     ray_data.LabelColumns = Timed  # type: ignore[misc]
@@ -158,7 +157,7 @@ def _batches(model: Model, images: torch.Tensor) -> Iterator[Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--images", type=int, default=24_000, help="of every pipeline")
+    parser.add_argument("--images", type=int, default=12_000, help="of every pipeline")
     args = parser.parse_args()
     options = {"n_clusters": 10, "max_disagreement": 0.1, "device": "cpu"}
     model = clusterer(encoder("simclr"), PREPROCESSING["simclr"], **options).fit(cifar("train")[0][::5]).model_

@@ -2,10 +2,12 @@
 
 import io
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 from ssl_exit.data.preprocessing import Preprocessing
@@ -80,3 +82,9 @@ def test_spark(fitted, monkeypatch):
     finally:
         spark.stop()
     np.testing.assert_array_equal([rows[i] for i in range(N)], expected)
+
+
+def test_the_cluster_of_the_examples_is_one_that_ray_takes():
+    util = pytest.importorskip("ray.autoscaler._private.util")
+    config = yaml.safe_load((Path(__file__).parents[2] / "examples" / "ray-cluster.yaml").read_text())
+    util.validate_config(util.prepare_config(config))
