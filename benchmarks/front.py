@@ -11,7 +11,6 @@ confidence 95 %); all figures are on the 10,000 test images.
     mlp        exits in the encoder, trained heads, 20 passes
     front      a front alone, the encoder one stage behind it
     matched    the same, taught what the encoder answers to every view (`Front(match=True)`)
-    long       matched, for 100 epochs to their end (an hour or two on one thread)
     two        fronts of 2 % and 8 % of the multiply-adds in a row
     joined     a front and three exits in the encoder, which see its features
     student    a front of 38 % of the multiply-adds, from which all images leave: a static model of that cost
@@ -56,7 +55,6 @@ ARMS: dict[str, dict[str, Any]] = {
     "mlp": {"rule": "mlp", "rule_options": {"epochs": 20}},
     "front": {"front": "auto"},
     "matched": {"front": "auto", "front_match": True},
-    "long": {"front": "auto", "front_match": True, "front_epochs": 100, "front_patience": 0},
     "two": {"front": "auto", "front_macs": [0.02, 0.08], "front_time": 0.15},
     "joined": {"front": "auto", "exits": INSIDE},
     "student": {"front": "auto", "front_macs": 0.38, "front_time": 0.6},

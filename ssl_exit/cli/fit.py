@@ -74,7 +74,8 @@ def fit(
     check_model_folder(Path(out))  # before hours of work, not after
     preprocessing = preprocessing_for(spec, size=size, mean=mean, std=std, crop=crop)
     images = open_files(Path(data), preprocessing, settings.runtime.max_pixels, settings.runtime.image_key)
-    if part or shard or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    together = "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1  # as torchrun sets both
+    if part or shard or together:
         _fit_shard(spec, preprocessing, settings, images, out, part, shard)
         return
     c = ExitClusterer(spec, **settings.parameters(), preprocessing=preprocessing)

@@ -8,6 +8,7 @@ divided among shards, but for rounding. Each shard reads its images two to four 
 import copy
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 import torch
@@ -65,7 +66,7 @@ def fit_shard(
     Args:
         encoder: images to features, the same in all shards; left unchanged.
         source: images of this shard.
-        shard: where it meets the others.
+        shard: where it meets the others; entered (`with shard:`), it tells them where this one fails.
         settings: all parameters, the same in all shards but for runtime and device.
         preprocessing: of the images; saved with the model.
         spec: architecture of the encoder, if an `EncoderSpec` built it.
@@ -94,7 +95,8 @@ def fit_shard(
     )
     _check_part(own, about, len(source))
     fit, shape_, certify = (np.flatnonzero(own.roles == role) for role in (FIT, SHAPE, CERTIFY))
-    shape_ = shape_[: most_shaping(logits_per_image(settings)) // len(surveyed.held)]
+    room = most_shaping(logits_per_image(settings)) // len(surveyed.held)
+    shape_ = np.sort(np.random.default_rng(settings.random_state).permutation(shape_)[:room])
     before = {REPEATED: SeenImages([surveyed.before(shard.rank)])}
 
     sample = surveyed.sample
@@ -133,13 +135,17 @@ def fit_shard(
     shaping: Shaping = shard.merged("shaping", lambda: said(cascade))[1]
     timed = cascade.timed(shaping.times)
     path = _same_path(shard, timed, shaping, settings, place=exits.points == "auto" and not choices)
-    hashes: list[np.ndarray] = []
-    proof, _ = record(path.cascade, unseen(images(certify, "certify"), before, hashes))
+
+    @cache
+    def proof() -> tuple[Recorded, np.ndarray]:
+        hashes = list[np.ndarray]()
+        recorded, _ = record(path.cascade, unseen(images(certify, "certify"), before, hashes))
+        return recorded, SeenImages(hashes).hashes
+
     if settings.calibration.guarantee == "exit":
-        n = shard.merged("certifying", lambda: len(proof))[1]
-        path = without_thin_cells(path, n, settings)
+        path = without_thin_cells(path, shard.merged("certifying", lambda: len(proof()[0]))[1], settings)
     counted: Counted = shard.merged(
-        "counts", lambda: Counted(SettingCounts.count(path.settings, proof), SeenImages(hashes).hashes)
+        "counts", lambda: Counted(SettingCounts.count(path.settings, proof()[0]), proof()[1])
     )[1]
     seen = np.union1d(statistics.images, shaping.images) if choices else statistics.images
     inertia = inertia_of(final, sample.features[:n_sample])
@@ -199,11 +205,8 @@ def survey(
 def roles_of(hashes: np.ndarray, settings: Settings) -> np.ndarray:
     """What images are for, by content hash, (N,) uint64 -> (N,) int8: multiplied by a random odd number, as the seed
     draws it, they fall into shares of the numbers of 64 bits."""
-    holdout, factor = (
-        settings.calibration.holdout,
-        np.random.default_rng(settings.random_state).integers(2**64, dtype=np.uint64),
-    )
-    place = (hashes * (factor | np.uint64(1))) / 2.0**64
+    holdout, rng = settings.calibration.holdout, np.random.default_rng(settings.random_state)
+    place = (hashes * (rng.integers(2**64, dtype=np.uint64) | np.uint64(1))) / 2.0**64
     return np.where(place >= holdout, FIT, np.where(place >= SHAPING * holdout, CERTIFY, SHAPE)).astype(np.int8)
 
 

@@ -1,4 +1,4 @@
-"""The recipes of docs/scale.md for Daft and Spark, where these are installed."""
+"""The recipes of docs/scale.md for Daft, Spark and Ray, where these are installed."""
 
 import io
 import sys
@@ -12,7 +12,7 @@ from PIL import Image
 
 from ssl_exit.data.preprocessing import Preprocessing
 from ssl_exit.encoders.small import digits_encoder
-from ssl_exit.scale import LabelColumns
+from ssl_exit.scale import LabelColumns, PartWritten, StoredShard, merge_parts
 from tests.conftest import clusterer
 
 N = 60
@@ -88,3 +88,35 @@ def test_the_cluster_of_the_examples_is_one_that_ray_takes():
     util = pytest.importorskip("ray.autoscaler._private.util")
     config = yaml.safe_load((Path(__file__).parents[2] / "examples" / "ray-cluster.yaml").read_text())
     util.validate_config(util.prepare_config(config))
+
+
+@pytest.mark.slow
+def test_ray_tasks_fit_by_parts(digits, tmp_path):
+    """Tasks on any machines write parts, which the driver merges; a task that dies is run again."""
+    ray = pytest.importorskip("ray")
+    torch.manual_seed(0)
+    encoder, folders = digits_encoder(), [tmp_path / "a", tmp_path / "b"]
+    how = {"n_clusters": 3, "max_disagreement": 0.2, "confidence": 0.5, "exits": ["block2"], "device": "cpu"}
+
+    def part(images, folder):
+        try:
+            return clusterer(encoder, **how).fit(images, shard=StoredShard(folder)).model_
+        except PartWritten:
+            return None
+
+    (alone := tmp_path / "alone").mkdir()
+    while (one := part(digits, alone)) is None:
+        merge_parts([alone])
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    try:
+        task = ray.remote(part)
+        while True:
+            models = ray.get([task.remote(*each) for each in zip(digits.tensor_split(2), folders, strict=True)])
+            if None not in models:
+                break
+            merge_parts(folders)
+    finally:
+        ray.shutdown()
+    for model in models:
+        assert torch.equal(model.cascade.final.centroids, one.cascade.final.centroids)
+        np.testing.assert_allclose(model.cascade.thresholds, one.cascade.thresholds, rtol=1e-5)
