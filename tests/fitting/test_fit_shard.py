@@ -75,13 +75,8 @@ def test_unlike_shards_come_to_the_model_of_one_process(encoder, digits, whole, 
             assert ((getattr(a, name) - getattr(b, name)).abs().max() / scale) < 1e-9
 
 
-@pytest.mark.parametrize(
-    "how",
-    [
-        {"guarantee": "exit", "confidence": 0.5, "exits": "auto"},
-        pytest.param({"rule": "mlp"}, marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [{"guarantee": "exit", "confidence": 0.5, "exits": "auto"}, {"rule": "mlp"}])
 def test_finer_guarantees_and_trained_heads(encoder, digits, tmp_path, how):
     one, *_ = by_jobs(encoder, [digits], tmp_path / "one", **how)
     two = by_jobs(encoder, unlike(digits, 2), tmp_path / "two", **how)
