@@ -151,6 +151,8 @@ def _lists(words: list[str], parser: Any) -> list[str]:
         name, *words = words
         n = next((i for i, word in enumerate(words) if word.startswith("--")), len(words))
         few, hint = words[:n], hints.get(name, "")
+        if few and few[0].startswith("["):
+            few = [" ".join(few)]
         if few and "list[" in hint and not few[0].startswith("[") and (n > 1 or "str |" not in hint.split("list[")[0]):
             few = [f"[{', '.join(few)}]" if "list[float" in hint else json.dumps(few)]
         result += [name, *few]

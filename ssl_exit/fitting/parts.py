@@ -83,7 +83,7 @@ class StoredShard(Shard):
 
 
 def merge_parts(folders: Sequence[str | Path]) -> str:
-    """Merge the newest step, of which every folder must have a part, and write the result into every folder.
+    """Merge the newest step of which every folder has a part, and write the result into every folder.
 
     Args:
         folders: of all jobs, the same ones at every step.
@@ -100,10 +100,12 @@ def merge_parts(folders: Sequence[str | Path]) -> str:
     newest = [max(place.glob("*.part"), key=_number, default=None) for place in places]
     if missing := [str(place) for place, file in zip(places, newest, strict=True) if file is None]:
         raise InputError(f"there are no parts of a fit in {shown(missing)}: run their jobs first, with --part")
-    files = [file for file in newest if file is not None]
-    if len({file.name for file in files}) > 1:
-        behind = min(files, key=_number)
-        raise InputError(f"{str(behind)!r} is a step behind the others: run its job again, then merge")
+    last = min((file for file in newest if file is not None), key=_number)  # a merge that was killed left it so
+    files = [place / last.name for place in places]
+    if last.with_suffix(".merged").is_file() and any(file != last.name for file in map(_name, newest)):
+        raise InputError(f"{str(last)!r} is a step behind the others: run its job again, then merge")
+    if absent := [str(file) for file in files if not file.is_file()]:
+        raise InputError(f"there is no {absent[0]!r}, which the others have a part like: begin with empty folders")
     _, _, step = files[0].stem.partition("-")
     if step not in STEPS:
         raise InputError(f"{str(files[0])!r} is no part of a fit")
@@ -144,6 +146,10 @@ def read_part(file: Path) -> dict[str, Any]:
     except (UnpicklingError, RuntimeError, EOFError, KeyError, TypeError, ValueError) as error:
         reason = next(iter(str(error).splitlines()), "")
         raise InputError(f"{str(file)!r} is no part of a fit, or damaged: {reason}") from error
+
+
+def _name(file: Path | None) -> str:
+    return "" if file is None else file.name
 
 
 def _number(file: Path) -> int:

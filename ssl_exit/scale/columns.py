@@ -40,7 +40,7 @@ class LabelColumns:
         supplied: what the model does not hold, as in `ssl_exit.load`: encoder, front, head, transform, trust.
 
     Raises:
-        InputError: at the first call: the folder is no model.
+        InputError: an audit that is no share; at the first call: the folder is no model.
     """
 
     def __init__(
@@ -55,6 +55,8 @@ class LabelColumns:
         max_pixels: int | None = None,
         **supplied: Any,
     ) -> None:
+        if audit is not None and not 0 <= audit <= 1:
+            raise InputError(f"audit must be a share in [0, 1]; got {audit}")
         self.source, self.image_column, self.id_column = model, image_column, id_column
         self.batch_size, self.audit, self.device, self.max_pixels = batch_size, audit, device, max_pixels
         self.supplied = Supplied(**supplied)

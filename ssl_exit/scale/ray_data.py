@@ -100,7 +100,8 @@ def label_files(
         The number of rows in `out`, and the audit of all of them, if there is one.
 
     Raises:
-        InputError: as in `label_dataset`; a Parquet file without an id; or a folder that holds something else.
+        InputError: as in `label_dataset`; a Parquet file without an id; a folder that holds something else; or whatever
+            failed in a worker.
     """
     ray = _start()
     folder = Path(out)
@@ -123,6 +124,9 @@ def label_files(
             context.checkpoint_config = CheckpointConfig(id_column, checkpoint, delete_checkpoint_on_success=False)
         rows = _rows(data, kind, [str(id_column), image_column])
         label_dataset(rows, model, image_column, id_column, audit=audit, **options).write_parquet(out)
+    except ray.exceptions.RayError as error:
+        reason = next((line for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
+        raise InputError(f"labelling by Ray failed: {reason.strip()}") from error
     finally:
         context.checkpoint_config = before
     written = ray.data.read_parquet(out)

@@ -125,6 +125,8 @@ def test_what_cannot_be_merged_is_refused(encoder, digits, tmp_path):
         clusterer(encoder, **HOW).fit(digits[:900], shard=StoredShard(a))
     with pytest.raises(InputError, match="is a step behind the others"):
         merge_parts([a, b])
+    (b / "1-sample.merged").unlink()  # as if the merge had been killed between the two
+    assert merge_parts([a, b]) == "step 1 (sample) of 2 parts merged; run the jobs again"
     with pytest.raises(InputError, match=r"is of another fit \(other max_disagreement"):
         clusterer(encoder, **HOW | {"max_disagreement": 0.3}).fit(digits[:900], shard=StoredShard(a))
     with pytest.raises(InputError, match=r"is of another fit \(other the number of images"):

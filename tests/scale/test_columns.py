@@ -91,6 +91,8 @@ def test_columns_that_are_missing_or_in_the_way(fitted):
     c = fitted
     with pytest.raises(InputError, match=r"there is no column \['image'\]; there are \['photo'\]"):
         LabelColumns(c.model_)({"photo": []})
+    with pytest.raises(InputError, match=r"audit must be a share in \[0, 1\]; got 2"):
+        LabelColumns(c.model_, audit=2)
     with pytest.raises(InputError, match="rename them, or set id_column"):
         LabelColumns(c.model_)({"image": [], "label": []})
 
@@ -164,6 +166,11 @@ def test_the_command_labels_tar_shards_and_parquet_by_ray(image_folder, tmp_path
             printed = capsys.readouterr().out
             assert "60 rows in" in printed
             assert "audit: no drift found" in printed
+        with tarfile.open(tmp_path / "packed.tar", "w:gz") as tar:
+            tar.add(image_folder)
+        with pytest.raises(SystemExit):
+            main([*by_ray, "--data", str(tmp_path / "packed.tar"), "--out", str(tmp_path / "none")])
+        assert "expected an uncompressed tar file" in capsys.readouterr().err
     finally:
         ray.shutdown()
     here = dict(zip(names, load(tmp_path / "model").run(str(image_folder)).labels, strict=True))
