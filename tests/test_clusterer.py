@@ -229,7 +229,7 @@ def test_wrong_images_and_unfitted_use_are_refused(encoder, rgb_digits):
         next(c.stream(rgb_digits[:10], -5))
 
 
-@pytest.mark.parametrize("rewritten", [True, False])
+@pytest.mark.parametrize("rewritten", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_an_encoder_may_change_its_images_in_place(rgb_digits, rewritten):
     """As one that begins with nn.ReLU(inplace=True): both ways see the images as they were given."""
 
@@ -437,6 +437,7 @@ def test_a_stream_gives_what_run_gives_part_by_part(encoder, rgb_digits, monkeyp
     assert [list(part.skipped) for part in c.stream(images)] == [[], [6], [], []]
 
 
+@pytest.mark.slow
 def test_bfloat16_answers_in_bfloat16_and_says_how_far_from_float32(encoder, rgb_digits, tmp_path):
     half = clusterer(encoder, precision="bfloat16").fit(rgb_digits[:800])
     images = rgb_digits[800:]

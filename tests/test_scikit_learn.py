@@ -57,6 +57,7 @@ def test_inertia_score_and_distances_are_those_of_the_final_clusters(spherical, 
     assert c.inertia_ == pytest.approx(squares[order].min(1).sum(), rel=1e-3)
 
 
+@pytest.mark.slow
 def test_weights_decide_what_k_means_finds(encoder, digits):
     images = digits[:900]
     some = np.zeros(900)

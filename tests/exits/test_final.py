@@ -44,7 +44,7 @@ def test_classes_are_the_largest_logit():
         FinalClasses.of(logits, 10)
 
 
-@pytest.mark.parametrize("front", ["none", "auto"])
+@pytest.mark.parametrize("front", [pytest.param("none", marks=pytest.mark.slow), "auto"])
 def test_clusters_of_ones_own_are_what_exits_agree_with(digits, front):
     torch.manual_seed(0)
     encoder = digits_encoder().eval()

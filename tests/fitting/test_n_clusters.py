@@ -23,6 +23,7 @@ def test_as_many_clusters_as_there_are_are_found(n_clusters, spherical):
     assert max(one.n_clusters for one in counts) * 20 <= 900
 
 
+@pytest.mark.slow
 def test_handwritten_digits_are_about_ten(digits):
     counts = choose_n_clusters(digits.flatten(1), spherical=True, seed=0)
     assert 9 <= max(counts, key=lambda one: one.merit).n_clusters <= 11
