@@ -7,6 +7,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
         "1"  # tests side by side: here and in processes they start; before torch is imported
     )
 
+os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")  # its workers start by this interpreter, at once
+
 import tarfile
 from dataclasses import replace
 from itertools import accumulate

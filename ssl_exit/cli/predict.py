@@ -52,6 +52,7 @@ def predict(
         if embeddings or num_workers or compile is not None:
             raise InputError("--embeddings, --compile and --num-workers are not for --engine ray")
         os.environ.setdefault("RAY_DATA_NON_TTY_PROGRESS_LOG_INTERVAL", "60")  # seconds, where there is no terminal
+        os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")  # or Ray would send the current folder to workers
         from ssl_exit.scale import label_files
 
         asked: dict[str, Any] = {"id_column": id_column, "checkpoint": checkpoint, "actors": actors}
