@@ -2,7 +2,7 @@
 
 An image is fitted to, shapes thresholds or certifies by its content hash, so that copies fall together wherever they
 are. Final clusters come from the images of lowest hash, whichever shards have them. Nothing depends on how images are
-divided among shards, but for rounding. Each shard reads its images two to four times.
+divided among shards, but for rounding. Each shard reads its images two or three times.
 """
 
 import copy

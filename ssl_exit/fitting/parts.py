@@ -78,7 +78,7 @@ class StoredShard(Shard):
         result = read_part(merged)
         if result["of"][result["rank"]] != file_hash(file):
             raise InputError(f"{str(merged)!r} was merged from another part than {str(file)!r}; merge again")
-        self.rank, self.after = result["rank"], file_hash_of(result["of"])
+        self.rank, self.after = result["rank"], settings_hash(result["of"])
         return own["value"], result["value"]
 
 
@@ -97,12 +97,12 @@ def merge_parts(folders: Sequence[str | Path]) -> str:
     places = [Path(folder) for folder in folders]
     if len({place.resolve() for place in places}) < len(places):
         raise InputError("a folder of parts is named twice")
-    newest = [max(place.glob("*.part"), key=_number, default=None) for place in places]
-    if missing := [str(place) for place, file in zip(places, newest, strict=True) if file is None]:
+    parts_in = [sorted(place.glob("[1-9]-*.part")) for place in places]  # fewer than ten steps; no drafts
+    if missing := [str(place) for place, files in zip(places, parts_in, strict=True) if not files]:
         raise InputError(f"there are no parts of a fit in {shown(missing)}: run their jobs first, with --part")
-    last = min((file for file in newest if file is not None), key=_number)  # a merge that was killed left it so
+    last = min((files[-1] for files in parts_in), key=lambda file: file.name)  # all alike, unless a merge was killed
     files = [place / last.name for place in places]
-    if last.with_suffix(".merged").is_file() and any(file != last.name for file in map(_name, newest)):
+    if last.with_suffix(".merged").is_file() and any(own[-1].name != last.name for own in parts_in):
         raise InputError(f"{str(last)!r} is a step behind the others: run its job again, then merge")
     if absent := [str(file) for file in files if not file.is_file()]:
         raise InputError(f"there is no {absent[0]!r}, which the others have a part like: begin with empty folders")
@@ -123,11 +123,6 @@ def merge_parts(folders: Sequence[str | Path]) -> str:
     return f"step {files[0].stem.partition('-')[0]} ({step}) of {len(files)} parts merged; run the jobs again"
 
 
-def file_hash_of(hashes: Sequence[str]) -> str:
-    """One name for the merged step of these parts."""
-    return "-".join(hash_[:16] for hash_ in hashes)
-
-
 def write_part(file: Path, content: dict[str, Any]) -> None:
     """Write a part or a merged value; the file appears complete or not at all."""
     with atomic_file(file) as draft:
@@ -146,15 +141,6 @@ def read_part(file: Path) -> dict[str, Any]:
     except (UnpicklingError, RuntimeError, EOFError, KeyError, TypeError, ValueError) as error:
         reason = next(iter(str(error).splitlines()), "")
         raise InputError(f"{str(file)!r} is no part of a fit, or damaged: {reason}") from error
-
-
-def _name(file: Path | None) -> str:
-    return "" if file is None else file.name
-
-
-def _number(file: Path) -> int:
-    number = file.name.partition("-")[0]
-    return int(number) if number.isdigit() else 0
 
 
 def _plain(value: Any) -> Any:

@@ -22,6 +22,7 @@ class TarShards(FileBasedDatasource):
     def _read_stream(self, f: Any, path: str) -> Iterator[pyarrow.Table]:
         paths: list[str] = []
         images: list[bytes] = []
+        held = 0  # bytes in `images`
 
         def block() -> pyarrow.Table:
             types = pyarrow.schema({"path": pyarrow.string(), "bytes": pyarrow.binary()})
@@ -35,9 +36,10 @@ class TarShards(FileBasedDatasource):
                     content = None if member.issparse() else tar.extractfile(member)
                     paths.append(f"{path}/{member.name}")
                     images.append(content.read() if content else b"")
-                    if sum(map(len, images)) >= BLOCK:
+                    held += len(images[-1])
+                    if held >= BLOCK:
                         yield block()
-                        paths, images = [], []
+                        paths, images, held = [], [], 0
         except tarfile.TarError as error:
             raise ValueError(f"{path!r} cannot be read ({error}); expected an uncompressed tar file") from error
         yield block()
