@@ -1,5 +1,6 @@
 """Labels of a Ray Dataset of images."""
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -125,8 +126,7 @@ def label_files(
         rows = _rows(data, kind, [str(id_column), image_column])
         label_dataset(rows, model, image_column, id_column, audit=audit, **options).write_parquet(out)
     except ray.exceptions.RayError as error:
-        reason = next((line for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
-        raise InputError(f"labelling by Ray failed: {reason.strip()}") from error
+        raise InputError(f"labelling by Ray failed: {_reason(str(error))}") from error
     finally:
         context.checkpoint_config = before
     written = ray.data.read_parquet(out)
@@ -137,6 +137,12 @@ def label_files(
     labels = LabelColumns(model, **{name: value for name, value in options.items() if name not in keys})
     parts = ray.data.read_parquet(out, columns=["label", "audited"]).iter_batches(batch_size=8192, batch_format="numpy")
     return written.count(), audit_of(parts, labels.model, audit)
+
+
+def _reason(text: str) -> str:
+    """What was raised in a worker, of the traceback that Ray makes of it, without its own wrappers and advice."""
+    raised = [line for line in re.findall(r"^[\w.]+: .+", text, re.MULTILINE) if "UserCodeException" not in line]
+    return next((line.strip() for line in [*reversed(raised), *text.splitlines()] if line.strip()), "no reason given")
 
 
 def _kind(data: str) -> str:

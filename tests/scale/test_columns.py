@@ -15,6 +15,7 @@ from ssl_exit import InputError, Preprocessing, load
 from ssl_exit.cli import main
 from ssl_exit.data.image_files import FolderImages
 from ssl_exit.scale import LabelColumns, audit_of, label_dataset
+from ssl_exit.scale.ray_data import _reason
 from tests.conftest import clusterer, untrained
 
 N = 200
@@ -216,6 +217,17 @@ def test_the_command_labels_a_folder_by_ray_and_continues(image_folder, tmp_path
     for path, label in zip(FolderImages(image_folder, Preprocessing(8)).paths, here.labels, strict=True):
         assert rows[str(image_folder / path)]["label"] == label
     assert "UnidentifiedImageError" in rows[str(image_folder / "0" / "broken.png")]["reason"]
+
+
+def test_the_reason_of_a_failed_worker_is_one_line_without_the_advice_of_ray():
+    advice = "Failed to read after 1/10 attempts.\nTo change retry attempts, configure `ray.data`.\n"
+    wrapped = f"\nray.exceptions.UserCodeException: UDF failed to process a data block.\n{advice}"
+    assert (
+        _reason(f"ray::Read()\n  File 'x'\nValueError: 'a.tar' is none\n{advice}{wrapped}")
+        == "ValueError: 'a.tar' is none"
+    )
+    assert _reason("\nThe worker died.\nMore.") == "The worker died."
+    assert _reason("") == "no reason given"
 
 
 @pytest.mark.slow
