@@ -28,8 +28,9 @@ BUILDING = (
     "list-exits",
 )  # take module:function of the user's, which may lie in the current folder
 NEWLINE = "\n"
-COMMANDS = ("cluster", "demo", "train", "fit", "predict", "evaluate", "report", "list-exits")
-POSITIONAL = ("cluster",)  # commands whose arguments without a default come without a name
+COMMANDS = ("cluster", "demo", "train", "fit", "predict", "evaluate", "report", "list-exits", "federated demo",
+            "federated new")  # fmt: skip
+POSITIONAL = ("cluster", "federated new")  # commands whose arguments without a default come without a name
 SHORT = {"-k": "--n_clusters", "-o": "--out", "-q": "--quiet"}
 QUIET = "--quiet"
 
@@ -40,6 +41,8 @@ def main(args: list[str] | None = None) -> None:
     Wrong input ends with one line on stderr and status 2, an interrupt with status 130.
     """
     words = [_long(word) for word in (sys.argv[1:] if args is None else args)]
+    if words[:1] == ["federated"]:
+        words = [" ".join(words[:2]), *words[2:]]
     if not words or words[0] in ("-h", "--help"):
         print(_overview())
         return
@@ -86,7 +89,7 @@ def command(name: str) -> Callable[..., None]:
         near = get_close_matches(name, COMMANDS, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(COMMANDS)}, or --help"
         raise InputError(f"no command {name!r}; {hint}")
-    module = name.replace("-", "_")
+    module = name.replace("-", "_").replace(" ", "_")
     return getattr(import_module(f"ssl_exit.cli.{module}"), module)
 
 
@@ -123,7 +126,7 @@ def completion(shell: str) -> str:
 
     parser = ArgumentParser(prog="ssl-exit")
     commands = parser.add_subcommands()
-    for name in COMMANDS:
+    for name in (name for name in COMMANDS if " " not in name):
         commands.add_subcommand(name, parser_of(name, command(name)))
     return shtab.complete(parser, shell)
 
@@ -175,7 +178,7 @@ def _overview() -> str:
     lines = [f"usage: ssl-exit COMMAND [options]\n\n{ABOUT}\n"]
     for name in COMMANDS:
         first = (inspect.getdoc(command(name)) or "").partition("\n")[0]
-        lines.append(f"  {name:<12}{first}")
+        lines.append(f"  {name:<16}{first}")
     last = "ssl-exit COMMAND --help lists the options of a command; -k stands for --n-clusters, -o for --out, -q for"
     more = "--quiet, which shows neither progress nor reports; --version and --print-completion SHELL stand alone."
     return "\n".join([*lines, "", last, more])

@@ -1,14 +1,26 @@
-"""What comes beside images: one class or one weight for each."""
+"""What `fit` takes beside parameters: an encoder to build, and of every image a class or a weight."""
 
 from typing import Any
 
 import numpy as np
+import torch
+from torch import nn
 
+from ssl_exit.encoders.build import EncoderSpec
+from ssl_exit.encoders.graph import as_module
 from ssl_exit.encoders.head import head_of
 from ssl_exit.errors import InputError
 from ssl_exit.settings import Settings
 
 NEGLIGIBLE = 1e-12  # FAISS divides by sums of weights
+
+
+def built(encoder: Any) -> tuple[nn.Module, EncoderSpec | None]:
+    """The network of an encoder, and its architecture if an `EncoderSpec` names it."""
+    if not isinstance(encoder, EncoderSpec):
+        return as_module(encoder), None
+    with torch.random.fork_rng(devices=[]):
+        return encoder.build(), encoder.recipe()
 
 
 def beside(

@@ -13,12 +13,10 @@ from sklearn.base import ClusterMixin
 from ssl_exit.cascade.cascade import describe
 from ssl_exit.cascade.result import ExitResult
 from ssl_exit.clusterer.attributes import Fitted
-from ssl_exit.clusterer.checks import beside
+from ssl_exit.clusterer.checks import beside, built
 from ssl_exit.data.images import Batch, ImageData, ImageSource, open_images
 from ssl_exit.data.items import each_image, unsized
 from ssl_exit.data.reading import parts, read, warn_of_skipped
-from ssl_exit.encoders.build import EncoderSpec
-from ssl_exit.encoders.graph import as_module
 from ssl_exit.errors import InputError
 from ssl_exit.exits.audit import DriftAudit
 from ssl_exit.exits.final import FinalClusters
@@ -302,10 +300,8 @@ class ExitClusterer(ClusterMixin, Fitted):
             raise InputError("a fit of shards takes neither y nor sample_weight")
         if foreseen := too_few(len(source), settings) if shard is None else "":
             warnings.warn(foreseen, stacklevel=3)
-        spec = self.encoder if isinstance(self.encoder, EncoderSpec) else None
-        with torch.random.fork_rng(devices=[]):
-            network = spec.build() if spec else as_module(self.encoder)  # type: ignore[arg-type]
-        how = settings, self.preprocessing, spec.recipe() if spec else None
+        network, spec = built(self.encoder)
+        how = settings, self.preprocessing, spec
         self._hold(fit_shard(network, source, shard, *how) if shard else fit(network, source, *how, *about_images))
         return source, foreseen
 

@@ -16,7 +16,7 @@ do, such as frames of one film.
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -72,7 +72,7 @@ class Certificate:
 
     max_disagreement: float
     confidence: float
-    guarantee: Guarantee
+    guarantee: Guarantee | Literal["mixture", "client"]
     n: int
     disagreements: int
     bound: float
@@ -135,7 +135,8 @@ class Certificate:
 
 
 PARTS = {"encoder": "encoder", "preprocessing": "preprocessing", "exits": "thresholds, rules or clusters"}
-WHERE = {"overall": "", "cluster": " in every cluster", "exit": " at every exit and label", "expectation": ""}
+WHERE = {"overall": "", "cluster": " in every cluster", "exit": " at every exit and label", "expectation": "",
+         "mixture": " over the images of all clients", "client": " at every client"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -202,7 +203,9 @@ def certify(
     costs: np.ndarray,
     max_disagreement: float,
     confidence: float,
-    guarantee: Guarantee = "overall",
+    guarantee: Guarantee | Literal["mixture", "client"] = "overall",
+    passes: np.ndarray | None = None,
+    tests: int = 1,
 ) -> tuple[int, Certificate]:
     """Walk a path of settings and keep the cheapest of those accepted before the first that is not; the first setting,
     with which nothing exits, if none of them costs less than the full encoder.
@@ -222,17 +225,19 @@ def certify(
         costs: cost of leaving at each exit and, last, of the full encoder, (E + 1,).
         max_disagreement: eps.
         confidence: 1 - delta.
-        guarantee: one of GUARANTEES.
+        guarantee: one of GUARANTEES, or of `ssl_exit.exits.mixture`.
+        passes: which settings pass, (S,) bool, where another test than this one's says so.
+        tests: number of parts that shared delta in it.
 
     Returns:
         The index of the setting to use, and its certificate.
     """
     n, k = counts.n, path.shape[2]
-    tests = {"cluster": k, "exit": max(1, int((path < NEVER).any(0).sum()))}.get(guarantee, 1)
+    tests = {"cluster": k, "exit": max(1, int((path < NEVER).any(0).sum()))}.get(guarantee, tests)
     delta = (1 - confidence) / tests
     opens: np.ndarray = np.asarray((path < NEVER).any((1, 2)))
     cost, wrong = counts.cost(costs), counts.disagreements
-    passes = _passes(path, counts, guarantee, max_disagreement, delta)
+    passes = _passes(path, counts, guarantee, max_disagreement, delta) if passes is None else passes.copy()
     passes[0] = True  # nothing exits
     end = len(path) if passes.all() else int(passes.argmin())
     accepted = np.flatnonzero(opens[:end])

@@ -17,6 +17,7 @@ class E2CMRule(EuclideanRule):
     """
 
     name = "e2cm"
+    sample_images = 10_000
     calibrated = False
     scale: Tensor
 

@@ -16,6 +16,7 @@ class MahalanobisRule(ExitRule):
 
     name = "mahalanobis"
     needs_scatter = True
+    sample_images = 0
     weight: Tensor
     bias: Tensor
 

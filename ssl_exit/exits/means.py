@@ -10,6 +10,7 @@ class EuclideanRule(ExitRule):
     """Negative squared Euclidean distance to the mean of each final cluster; one without images is never near."""
 
     name = "euclidean"
+    sample_images = 0
     means: Tensor
     absent: Tensor
 

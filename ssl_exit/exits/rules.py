@@ -47,7 +47,7 @@ class ExitRule(nn.Module, ABC):
     Attributes:
         needs_scatter: whether `fit` uses the scatter of the statistics.
         needs_soft: whether `fit` uses the soft assignments.
-        sample_images: how many images `fit` wants in the sample, as far as memory allows.
+        sample_images: how many images `fit` wants in the sample, as far as memory allows; 0: statistics suffice.
         calibrated: whether held-out images set the temperature; where not, it is 1.
     """
 
@@ -124,14 +124,21 @@ def likeliest_temperature(logits: Tensor, labels: Tensor) -> float:
     """argmin over T of the mean of -log softmax(logits / T)[label]; logits (n, K), labels (n,)."""
     from scipy.optimize import minimize_scalar
 
-    scaled = logits.double()
-    rows = torch.arange(len(labels))
-
     def loss(log_temperature: float) -> float:
-        log_p = torch.log_softmax(scaled / np.exp(log_temperature), dim=1)
-        return -float(log_p[rows, labels].clamp(min=-100).mean())  # one impossible label must not decide
+        return float(temperature_losses(logits, labels, [log_temperature])[0]) / len(labels)
 
-    return float(np.exp(minimize_scalar(loss, bounds=(-7, 7), method="bounded").x))
+    return float(np.exp(minimize_scalar(loss, bounds=LOG_TEMPERATURES, method="bounded").x))
+
+
+LOG_TEMPERATURES = (-7, 7)  # the range of log T
+WORST = 100.0  # one impossible label must not decide
+
+
+def temperature_losses(logits: Tensor, labels: Tensor, log_temperatures: Sequence[float] | np.ndarray) -> np.ndarray:
+    """Sum of -log softmax(logits / T)[label], each at most `WORST`, at every temperature: (T,) float64."""
+    scaled, rows = logits.double(), torch.arange(len(labels))
+    each = (torch.log_softmax(scaled / np.exp(log_t), dim=1)[rows, labels] for log_t in log_temperatures)
+    return np.array([-float(log_p.clamp(min=-WORST).sum()) for log_p in each])
 
 
 def squared_distances(x: Tensor, centers: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from ssl_exit.exits.certificate import (
 )
 from ssl_exit.exits.registry import rule_classes
 from ssl_exit.exits.thresholds import Recorded, threshold_path
-from ssl_exit.fitting.place import choose, work
+from ssl_exit.fitting.place import chosen, work
 from ssl_exit.fitting.record import Logits, fit_temperatures, mean_probabilities, record, record_logits
 from ssl_exit.model import Model, hash_of_cut
 from ssl_exit.provenance import Provenance
@@ -78,19 +78,39 @@ def shape_path(cascade: Cascade, logits: Logits, settings: Settings, *, place: b
         cascade: left unchanged.
         logits: of all images that shape the path.
         settings: thresholds and cost.
-        place: close exits that do not pay for themselves on these images (see `choose`).
+        place: close exits that do not pay for themselves on these images (see `chosen`).
     """
     rules, recorded = fit_temperatures(cascade.rules, cascade.across, logits)
-    fresh = replace(cascade, rules=rules, thresholds=np.full_like(cascade.thresholds, np.inf))
+    probabilities = mean_probabilities(rules, logits) if settings.calibration.thresholds == "cbt" else None
+    return path_from(replace(cascade, rules=rules), recorded, settings, place=place, probabilities=probabilities)
+
+
+def path_from(
+    cascade: Cascade,
+    recorded: Recorded,
+    settings: Settings,
+    *,
+    place: bool = False,
+    probabilities: np.ndarray | None = None,
+) -> ThresholdPath:
+    """`shape_path` from labels and scores.
+
+    Args:
+        cascade: with temperatures set.
+        recorded: of all images that shape the path.
+        settings, place: as in `shape_path`.
+        probabilities: of thresholds "cbt", what `mean_probabilities` says.
+    """
+    fresh = cascade.at(np.full_like(cascade.thresholds, np.inf))
     how, (e, k) = settings.calibration, cascade.thresholds.shape
     open_ = list(range(e))
     if place and len(recorded) and not cascade.across.active:
-        choices = choose(cascade.exit_names[:-1], recorded, *work(cascade, how.cost), k, settings.max_disagreement)
+        choices = chosen(cascade.exit_names[:-1], recorded, *work(cascade, how.cost), k, settings.max_disagreement)
         open_ = [i for i, choice in enumerate(choices) if choice.kept]
     costs = leaving_costs(cascade, how.cost, open_)
     seen, own = recorded.at(open_), costs[[*open_, -1]]
-    if how.thresholds == "cbt":
-        path = cbt_path(seen, own, mean_probabilities(rules, logits)[open_])
+    if probabilities is not None:
+        path = cbt_path(seen, own, probabilities[open_])
     else:
         per_cluster = how.thresholds == "search" and len(seen) >= PER_CELL * len(open_) * k
         path = threshold_path(seen, own, k, per_cluster=per_cluster)
@@ -210,6 +230,7 @@ def calibrated(
     certified: np.ndarray,
     skipped: dict[int, str],
     settings: Settings,
+    outcome: tuple[Cascade, Certificate] | None = None,
 ) -> Model:
     """The model with thresholds from a path, and a certificate from counts.
 
@@ -220,8 +241,9 @@ def calibrated(
         shaped, certified: content hashes of the images that shaped the path, and of those that certify, uint64.
         skipped: position and reason of images that could not be used.
         settings: max_disagreement, confidence, batch_size and calibration are used.
+        outcome: of another test than `certify_path`.
     """
-    chosen, certificate = certify_path(path, counts, settings)
+    chosen, certificate = outcome or certify_path(path, counts, settings)
     new = replace(
         model,
         cascade=chosen,

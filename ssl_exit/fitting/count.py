@@ -55,7 +55,7 @@ def count(
     tapped: TappedEncoder,
     batches: Iterable[Batch],
     final: Final,
-    sample: Sample,
+    origin: Tensor,
     *,
     scatter: bool = True,
 ) -> Statistics:
@@ -65,12 +65,12 @@ def count(
         tapped: the encoder, on the device to use.
         batches: images of the shard.
         final: the final clusters, the same for all shards.
-        sample: the same for all shards; its mean is the origin that statistics are taken about.
+        origin: near the mean descriptor, (dim,), such as `Sample.origin`: what statistics are taken about.
         scatter: whether a rule needs the scatter of the descriptors.
     """
     skipped: dict[int, str] = {}
     hashes: list[np.ndarray] = []
-    result = Statistics.empty(tapped, final.n_clusters, sample.descriptors.double().mean(0), scatter=scatter)
+    result = Statistics.empty(tapped, final.n_clusters, origin, scatter=scatter)
     for each in finite_descriptors(describe(tapped, noted(batches, hashes)), skipped):
         if len(each.indices):
             result.add(tapped, each.descriptors, final(each.features))
@@ -188,7 +188,7 @@ def collect(
             final, n_clustered = clustering.of(own)
             inertia = inertia_of(final, own.features[:n_clustered])
             scatter = any(rule.needs_scatter for rule in rules)
-            statistics = Statistics.empty(tapped, final.n_clusters, own.descriptors.double().mean(0), scatter=scatter)
+            statistics = Statistics.empty(tapped, final.n_clusters, own.origin, scatter=scatter)
         assert final is not None
         labels = labels_of(final, own.features, own.indices)
         for rows in torch.arange(filled).split(CHUNK):

@@ -85,7 +85,7 @@ def fit_shard(
     tapped = cut(exits.points, exits.descriptor, exits.accumulate)
     check_patience(settings, len(tapped.seen))
     check_repeatable(encoder, tapped, example, settings)
-    about = _about(encoder, settings, preprocessing, shape)
+    about = hashes_in_common(encoder, settings, preprocessing, shape)
     rules = _rules(tapped, settings)
     clustering = Clustering(settings.k, settings.clusters, settings.random_state)
 
@@ -103,7 +103,7 @@ def fit_shard(
     final, n_sample = shard.same(lambda: clustering.of(sample))
     scatter = any(rule.needs_scatter for rule in rules)
     _, statistics = shard.merged(
-        "statistics", lambda: count(tapped, images(fit, "fit"), final, sample, scatter=scatter)
+        "statistics", lambda: count(tapped, images(fit, "fit"), final, sample.origin, scatter=scatter)
     )
     data = collected(final, statistics, sample, soft=any(rule.needs_soft for rule in rules))
 
@@ -225,7 +225,7 @@ def _rules(tapped: TappedEncoder, settings: Settings) -> list[ExitRule]:
     return build_rules(settings.rule.name, tapped.seen, settings.k, settings.rule.options)
 
 
-def _about(
+def hashes_in_common(
     encoder: nn.Module, settings: Settings, preprocessing: AnyPreprocessing | None, shape: tuple[int, ...]
 ) -> dict[str, str]:
     """Hashes of what shards must have in common, by name."""

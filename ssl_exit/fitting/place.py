@@ -1,5 +1,7 @@
 """Which exits pay for themselves: those whose work costs more than they save are left out."""
 
+from collections.abc import Callable
+
 import numpy as np
 
 from ssl_exit.cascade.cascade import Cascade
@@ -35,7 +37,7 @@ def judged(cascade: Cascade, logits: Logits, settings: Settings) -> list[ExitCho
         return []
     _, recorded = fit_temperatures(cascade.rules, cascade.across, logits)
     stage, own = work(cascade, settings.calibration.cost)
-    return choose(cascade.exit_names[:-1], recorded, stage, own, settings.k, settings.max_disagreement)
+    return chosen(cascade.exit_names[:-1], recorded, stage, own, settings.k, settings.max_disagreement)
 
 
 def work(cascade: Cascade, cost: str) -> tuple[np.ndarray, np.ndarray]:
@@ -55,31 +57,25 @@ def work(cascade: Cascade, cost: str) -> tuple[np.ndarray, np.ndarray]:
     return stage / full, own / full
 
 
-def choose(
+def chosen(
     names: list[str], recorded: Recorded, stage: np.ndarray, own: np.ndarray, n_clusters: int, max_disagreement: float
 ) -> list[ExitChoice]:
-    """Backward elimination: leave out the exit that is missed least, as long as that costs less than `LEAST`.
+    """`choose` by labels and scores of held-out images at all candidates.
 
     What a set of exits costs is the least mean cost, on these images, of a setting on its threshold path (one
     threshold an exit) that keeps the disagreement within the bound. Rules stay as they were fitted with all candidates.
 
     Args:
         names: of the candidates, E.
-        recorded: labels and scores of held-out images at all candidates.
-        stage: cost of each stage / of the full encoder, (E + 1,).
-        own: cost of each exit's own work / the full encoder's, (E + 1,); the last is the final assignment's.
+        recorded: labels and scores.
+        stage, own: as in `choose`.
         n_clusters: K.
         max_disagreement: what the cascade may disagree by.
-
-    Returns:
-        One choice a candidate, in their order; at least one is kept.
     """
-
     foretold = foretold_agreement(recorded)
 
     def cost_of(kept: list[int]) -> float:
-        work = np.cumsum(stage)
-        costs = np.append(work[kept] + np.cumsum(own[kept]), work[-1] + own[kept].sum() + own[-1])
+        costs = costs_with(stage, own, kept)
         part = recorded.at(kept)
         path = threshold_path(
             part, costs, n_clusters, per_cluster=False, steps=12, between=4, surest=0, foretold=foretold[:, kept]
@@ -87,20 +83,50 @@ def choose(
         cost, agreement = trade_off(path, part, costs)
         return float(cost[agreement >= 1 - max_disagreement].min())
 
+    agreement = (recorded.labels == recorded.final[:, None]).mean(0)
+    return choose(names, agreement, stage, own, lambda sets: [cost_of(kept) for kept in sets])
+
+
+def costs_with(stage: np.ndarray, own: np.ndarray, kept: list[int]) -> np.ndarray:
+    """Cost of leaving at each of some exits and, last, of the full encoder, where the others are not there."""
+    work = np.cumsum(stage)
+    return np.append(work[kept] + np.cumsum(own[kept]), work[-1] + own[kept].sum() + own[-1])
+
+
+def choose(
+    names: list[str],
+    agreement: np.ndarray,
+    stage: np.ndarray,
+    own: np.ndarray,
+    costs_of: Callable[[list[list[int]]], list[float]],
+) -> list[ExitChoice]:
+    """Backward elimination: leave out the exit that is missed least, as long as that costs less than `LEAST`.
+
+    Args:
+        names: of the candidates, E.
+        agreement: of the label of each with the full encoder's, (E,).
+        stage: cost of each stage / of the full encoder, (E + 1,).
+        own: cost of each exit's own work / the full encoder's, (E + 1,); the last is the final assignment's.
+        costs_of: the mean cost with each of several sets of candidates.
+
+    Returns:
+        One choice a candidate, in their order; at least one is kept.
+    """
     kept = list(range(len(names)))
-    now = cost_of(kept)
+    (now,) = costs_of([kept])
     while len(kept) > 1:
-        without = {i: cost_of([j for j in kept if j != i]) for i in kept}
+        without = dict(zip(kept, costs_of([[j for j in kept if j != i] for i in kept]), strict=True))
         least = min(kept, key=lambda i: without[i])
         if without[least] - now >= LEAST:
             break
         kept.remove(least)
         now = without[least]
-    agreement = (recorded.labels == recorded.final[:, None]).mean(0)
+    others = [sorted({*kept} ^ {i}) for i in range(len(names))]
+    cost_of_other = iter(costs_of([other for other in others if other]))
     full = np.cumsum(stage) + np.cumsum(own)
     choices = []
-    for i, name in enumerate(names):
-        other = sorted({*kept} ^ {i})
-        saving = (cost_of(other) if other else 1.0) - now if i in kept else now - cost_of(other)
+    for i, (name, other) in enumerate(zip(names, others, strict=True)):
+        saving = (next(cost_of_other) if other else 1.0) - now
+        saving = saving if i in kept else -saving
         choices.append(ExitChoice(name, float(full[i]), float(own[i]), float(agreement[i]), float(saving), i in kept))
     return choices

@@ -47,6 +47,11 @@ class Sample:
     def __len__(self) -> int:
         return len(self.keys)
 
+    @property
+    def origin(self) -> Tensor:
+        """The mean descriptor, (dim,) float64."""
+        return self.descriptors.double().mean(0)
+
     def at(self, rows: slice | np.ndarray) -> "Sample":
         """Some of its images."""
         return Sample(*(getattr(self, f.name)[rows] for f in fields(self)))

@@ -1,6 +1,6 @@
 """Pictures: what leaves where, and what agreement costs."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -47,4 +47,32 @@ def plot_exits(
     ax.grid(alpha=0.3)
     ax.legend(loc="lower right", fontsize=8)
     fig.suptitle(title, fontsize=11)
+    fig.savefig(file, dpi=130)
+
+
+def plot_federated(file: Path, composition: np.ndarray, results: Mapping[str, Mapping[str, float]]) -> None:
+    """What clients have, beside what fits cost and how good their labels are.
+
+    Args:
+        file: where to write; PNG, SVG or PDF by its ending.
+        composition: images of every client and class, (M, C).
+        results: of each fit "cost_macs", "agreement" and "acc"; empty ones are left out.
+    """
+    fig = Figure(figsize=(11, 3.8), layout="constrained")
+    left, right = fig.subplots(1, 2, width_ratios=[1.3, 1])
+    clients, bottom = np.arange(len(composition)), np.zeros(len(composition))
+    for cls, column in enumerate(composition.T):
+        left.bar(clients, column, bottom=bottom, color=f"C{cls % 10}", width=0.85, label=f"{cls}")
+        bottom += column
+    left.set(xlabel="client", ylabel="images", title="images of every client, by class", xticks=clients)
+    left.legend(fontsize=7, ncols=2, title="class", title_fontsize=7)
+
+    shown = {name: one for name, one in results.items() if one}
+    measures = {"cost_macs": "cost (multiply-adds)", "agreement": "agreement", "acc": "ACC"}
+    for i, (name, one) in enumerate(shown.items()):
+        at = np.arange(len(measures)) + 0.27 * (i - (len(shown) - 1) / 2)
+        bars = right.bar(at, [one[key] for key in measures], width=0.25, label=name)
+        right.bar_label(bars, fmt="%.2f", fontsize=7)
+    right.set(xticks=np.arange(len(measures)), xticklabels=measures.values(), ylim=(0, 1.15), title="test images")
+    right.legend(fontsize=8, loc="upper left", ncols=3)
     fig.savefig(file, dpi=130)

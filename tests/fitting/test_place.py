@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from ssl_exit.exits.thresholds import Recorded
-from ssl_exit.fitting.place import choose
+from ssl_exit.fitting.place import chosen
 
 
 def made(quality, n=4000, k=4, seed=0):
@@ -20,7 +20,7 @@ def made(quality, n=4000, k=4, seed=0):
 
 def test_an_exit_that_guesses_is_left_out_and_one_that_knows_stays():
     stage, own = np.array([0.3, 0.3, 0.4]), np.array([0.01, 0.01, 0.0])
-    first, second = choose(["a", "b"], made([0, 20]), stage, own, 4, 0.05)
+    first, second = chosen(["a", "b"], made([0, 20]), stage, own, 4, 0.05)
     assert (first.kept, second.kept) == (False, True)
     assert first.saving < 0.001 < 0.1 < second.saving
     assert first.agreement == pytest.approx(0.25, abs=0.03)
@@ -32,8 +32,8 @@ def test_an_exit_that_guesses_is_left_out_and_one_that_knows_stays():
 
 def test_an_exit_whose_work_is_more_than_it_saves_is_left_out():
     stage = np.array([0.1, 0.5, 0.4])
-    cheap = choose(["a", "b"], made([10, 20]), stage, np.array([0.01, 0.01, 0.0]), 4, 0.05)
-    dear = choose(["a", "b"], made([10, 20]), stage, np.array([0.9, 0.01, 0.0]), 4, 0.05)
+    cheap = chosen(["a", "b"], made([10, 20]), stage, np.array([0.01, 0.01, 0.0]), 4, 0.05)
+    dear = chosen(["a", "b"], made([10, 20]), stage, np.array([0.9, 0.01, 0.0]), 4, 0.05)
     assert cheap[0].kept
     assert not dear[0].kept
     assert dear[1].kept
@@ -41,5 +41,5 @@ def test_an_exit_whose_work_is_more_than_it_saves_is_left_out():
 
 
 def test_at_least_one_exit_stays():
-    choices = choose(["a", "b", "c"], made([0, 0, 0]), np.full(4, 0.25), np.full(4, 0.01), 4, 0.01)
+    choices = chosen(["a", "b", "c"], made([0, 0, 0]), np.full(4, 0.25), np.full(4, 0.01), 4, 0.01)
     assert sum(choice.kept for choice in choices) == 1

@@ -43,7 +43,7 @@ def fit(tapped, images, n_shards, seed):
 
     merged = reduce(lambda a, b: (a + b).lowest(SAMPLE), [sample(tapped, b, SAMPLE) for b in shards(slice(400))])
     final = final_clusters(merged, SETTINGS.n_clusters, SETTINGS.clusters, seed=0)
-    statistics = reduce(add, [count(tapped, b, final, merged) for b in shards(slice(400))])
+    statistics = reduce(add, [count(tapped, b, final, merged.origin) for b in shards(slice(400))])
     rules = build_rules("centroid", tapped.seen, SETTINGS.n_clusters)
     cascade = collected(final, statistics, merged).fit(tapped, rules, AcrossExits(), 0)
     e = len(rules)
@@ -86,8 +86,8 @@ def test_skipped_images_and_hashes_merge(tapped, rgb_digits):
     images[7] = torch.nan
     merged = sample(tapped, batches_of(images, 50), 100)
     final = final_clusters(merged, 3, SETTINGS.clusters, seed=0)
-    first = count(tapped, batches_of(images[:60], 25), final, merged)
-    second = count(tapped, batches_of(images[60:], 25), final, merged)
+    first = count(tapped, batches_of(images[:60], 25), final, merged.origin)
+    second = count(tapped, batches_of(images[60:], 25), final, merged.origin)
     total = first + second
     assert list(total.skipped) == [7]
     assert int(total.exits[0].counts.sum()) == 119

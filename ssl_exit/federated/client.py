@@ -1,0 +1,194 @@
+"""A client: it has images, and answers questions about them with arrays."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ssl_exit.clusterer import ExitClusterer
+from ssl_exit.data.hashes import image_hashes, tensors_hash
+from ssl_exit.data.images import Batch, ImageData, open_images
+from ssl_exit.data.reading import first_images
+from ssl_exit.errors import InputError
+from ssl_exit.exits.certificate import SettingCounts
+from ssl_exit.exits.final import FinalClusters
+from ssl_exit.exits.rules import temperature_losses
+from ssl_exit.exits.thresholds import Recorded
+from ssl_exit.federated.questions import LOG_TEMPERATURES, Arrays, Sizes, narrow, triangle
+from ssl_exit.federated.shared import Shared
+from ssl_exit.fitting.calibrate import reader
+from ssl_exit.fitting.count import count
+from ssl_exit.fitting.cut import check_repeatable
+from ssl_exit.fitting.fit_shard import CERTIFY, FIT, SHAPE, UNUSABLE, roles_of
+from ssl_exit.fitting.record import record, record_logits
+from ssl_exit.fitting.sample import described_sample
+
+
+class Client:
+    """Answers about images that stay where they are.
+
+    What an image is for follows from its content and the seed, so a copy at another client is for the same; of copies
+    here one certifies. Between questions it keeps the final features of its images, and nothing that it must not lose.
+
+    Args:
+        c: a clusterer with the parameters of the server's; left unchanged.
+        images: as `ExitClusterer.fit` takes them.
+        rows: answer with labels and scores of single images where the server wants them for thresholds; by default
+            with counts alone.
+
+    Raises:
+        InputError: parameters that a federated fit does without, or images that cannot be used.
+    """
+
+    def __init__(self, c: ExitClusterer, images: ImageData, *, rows: bool = False) -> None:
+        self.shared, self.rows = Shared(c), rows
+        runtime = self.shared.settings.runtime
+        self.source = open_images(images, c.preprocessing, runtime.num_workers, max_pixels=runtime.max_pixels,
+                                  key=runtime.image_key)  # fmt: skip
+        self.questions: dict[str, Callable[[Arrays], Arrays]] = {
+            "hello": self._hello, "start": self._start, "lloyd": self._lloyd, "statistics": self._statistics,
+            "losses": self._losses, "rows": self._rows, "trials": self._trials, "counts": self._counts,
+        }  # fmt: skip
+        self._last: tuple[str, Recorded] | None = None
+
+    def answer(self, question: str, told: Arrays) -> Arrays:
+        """The answer to a question (see `ssl_exit.federated.questions`).
+
+        Raises:
+            InputError: no such question, or one that this client does not answer.
+        """
+        if question not in self.questions:
+            raise InputError(f"there is no question {question!r}; there are {sorted(self.questions)}")
+        self._survey  # noqa: B018  # a process that was started anew has not said hello
+        try:
+            return self.questions[question](told)
+        except KeyError as error:
+            raise InputError(f"question {question!r} came without {error}") from error
+
+    @property
+    def fitted(self) -> np.ndarray:
+        """Content hashes of the images behind statistics, uint64; they stay here."""
+        return np.unique(self._survey.keys)
+
+    @cached_property
+    def _survey(self) -> "_Survey":
+        shared, n = self.shared, len(self.source)
+        example = first_images(self.source, np.arange(n), shared.settings.batch_size).images.cpu()
+        shared.cut_for(example)
+        check_repeatable(shared.encoder, shared.tapped, example, shared.settings)
+        roles, seen, total = np.full(n, UNUSABLE, np.int8), np.empty(0, np.uint64), np.zeros(shared.tapped.dim)
+        keys, features = [seen], [torch.empty(0, shared.tapped.output.dim)]
+        for batch in reader(self.source, shared.settings, tuple(example.shape[1:]))(np.arange(n), "survey"):
+            if len(batch.indices) == 0:
+                continue
+            own = described_sample(shared.tapped, batch, image_hashes(batch.images), {})
+            role = roles_of(own.keys, shared.settings)
+            new = np.zeros(len(own), dtype=bool)
+            new[np.unique(own.keys, return_index=True)[1]] = True
+            new &= ~np.isin(own.keys, seen)
+            roles[own.indices.numpy()] = np.where((role == FIT) | new, role, UNUSABLE)
+            seen = np.union1d(seen, own.keys)
+            fit = own.at(np.flatnonzero(role == FIT))
+            total += fit.descriptors.double().sum(0).numpy()
+            keys.append(fit.keys)
+            features.append(fit.features)
+        return _Survey(roles, np.concatenate(keys), torch.cat(features), total)
+
+    def _batches(self, role: int, task: str) -> Iterable[Batch]:
+        shape = self.shared.cut.example.shape[1:]
+        positions = np.flatnonzero(self._survey.roles == role)
+        return reader(self.source, self.shared.settings, tuple(shape))(positions, task)
+
+    def _hello(self, told: Arrays) -> Arrays:
+        if differ := self.shared.differs_from(told["about"]):
+            raise InputError(f"this client has other parameters than the server: {', '.join(differ)}")
+        fit, shape, certify, skipped = (
+            int((self._survey.roles == role).sum()) for role in (FIT, SHAPE, CERTIFY, UNUSABLE)
+        )
+        image = tuple(self.shared.cut.example.shape[1:])
+        return Sizes(fit, shape, certify, skipped, image, self.rows).to_arrays()
+
+    def _start(self, told: Arrays) -> Arrays:
+        settings, features = self.shared.settings, self._survey.features
+        k, spherical = min(settings.k, len(features)), settings.clusters.spherical
+        centroids, counts = np.empty((0, features.shape[1]), np.float32), np.empty(0, np.int64)
+        if k:
+            own = FinalClusters.fit(features, k, spherical=spherical, seed=settings.random_state)
+            centroids, counts = own.centroids.numpy(), np.bincount(own(features).numpy(), minlength=k)
+        return {"centroids": centroids, "counts": counts, "descriptors": self._survey.descriptors}
+
+    def _lloyd(self, told: Arrays) -> Arrays:
+        final, features = self.shared.final(told), self._survey.features
+        assert isinstance(final, FinalClusters)
+        labels, k = final(features), final.n_clusters
+        points = torch.nn.functional.normalize(features, dim=1) if final.spherical else features
+        sums = torch.zeros(k, features.shape[1]).double().index_add_(0, labels, points.double())
+        inertia = final.squared_distances(features).min(1).values.double().sum()
+        counts = torch.bincount(labels, minlength=k)
+        return {"sums": sums.numpy(), "counts": counts.numpy(), "inertia": inertia.numpy()}
+
+    def _statistics(self, told: Arrays) -> Arrays:
+        shared, origin = self.shared, torch.from_numpy(told["origin"].copy())
+        batches, final = self._batches(FIT, "statistics"), shared.final(told)
+        statistics = count(shared.tapped, batches, final, origin, scatter=shared.needs_scatter)
+        answer = Arrays()
+        for i, one in enumerate(statistics.exits):
+            answer |= {f"counts_{i}": one.counts.numpy(), f"sums_{i}": one.sums.numpy()}
+            answer |= {} if one.scatter is None else {f"scatter_{i}": triangle(one.scatter.numpy())}
+        return answer
+
+    def _losses(self, told: Arrays) -> Arrays:
+        cascade = self.shared.cascade(told)
+        logits, _ = record_logits(cascade, self._batches(SHAPE, "temperatures"))
+        each = [temperature_losses(z, logits.final, LOG_TEMPERATURES) for z in logits.of_each(cascade.rules)]
+        return {"losses": np.stack(each), "n": np.asarray(len(logits), dtype=np.int64)}
+
+    def _rows(self, told: Arrays) -> Arrays:
+        if not self.rows:
+            raise InputError("this client answers with counts alone, not with rows of single images")
+        recorded = self._recorded(told, SHAPE)
+        return {"labels": recorded.labels, "scores": recorded.scores, "final": recorded.final}
+
+    def _trials(self, told: Arrays) -> Arrays:
+        recorded = self._recorded(told, SHAPE)
+        counts = SettingCounts.count(self._path(told), recorded)
+        left, wrong = counts.left.sum(2).astype(np.int32), counts.disagreements.astype(np.int32)
+        return {"left": left, "wrong": wrong, "n": np.asarray(counts.n, dtype=np.int64)}
+
+    def _counts(self, told: Arrays) -> Arrays:
+        return narrow(SettingCounts.count(self._path(told), self._recorded(told, CERTIFY)))
+
+    def _path(self, told: Arrays) -> np.ndarray:
+        """Settings, (S, E, K), out of those told, (S, E) where all clusters share a threshold."""
+        settings = told["settings"]
+        if settings.ndim == 3:
+            return settings
+        return np.repeat(settings[:, :, None], self.shared.settings.k, axis=2)
+
+    def _recorded(self, told: Arrays, role: int) -> Recorded:
+        """What the exits of a cascade say; the last answer is kept, since trials ask for the same again."""
+        own = {name: torch.from_numpy(np.array(value)) for name, value in told.items() if name != "settings"}
+        key = f"{role} {tensors_hash(own)}"
+        if self._last is None or self._last[0] != key:
+            self._last = key, record(self.shared.cascade(told), self._batches(role, "record"))[0]
+        return self._last[1]
+
+
+@dataclass(frozen=True)
+class _Survey:
+    """What a client keeps of its images.
+
+    Attributes:
+        roles: what every image is for, (N,) int8; UNUSABLE where it is for nothing.
+        keys: content hashes of those to fit, (n,) uint64.
+        features: their final features, (n, F).
+        descriptors: the sum of their descriptors, (dim,) float64.
+    """
+
+    roles: np.ndarray
+    keys: np.ndarray
+    features: Tensor
+    descriptors: np.ndarray
