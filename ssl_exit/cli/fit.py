@@ -129,7 +129,7 @@ def _fit_shard(
 def _share(text: str | None) -> tuple[int, int]:
     """2/5 -> (1, 5); all of it, (0, 1), of None."""
     first, _, last = (text or "1/1").partition("/")
-    if not (first.isdigit() and last.isdigit() and 1 <= int(first) <= int(last)):
+    if not (first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
         raise InputError(f"--shard is a share such as 2/5, the second of five; got {text!r}")
     return int(first) - 1, int(last)
 

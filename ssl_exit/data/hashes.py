@@ -47,7 +47,8 @@ def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
     for name, tensor in sorted(tensors.items()):
         plain = tensor.detach().cpu().contiguous()
         digest.update(f"{name} {plain.dtype} {tuple(plain.shape)}".encode())
-        digest.update(plain.reshape(-1).view(torch.uint8).numpy().tobytes())
+        if plain.numel():  # an array of none may have strides that cannot be viewed
+            digest.update(plain.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

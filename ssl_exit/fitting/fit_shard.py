@@ -39,12 +39,12 @@ from ssl_exit.fitting.calibrate import (
     uncertified,
     without_thin_cells,
 )
-from ssl_exit.fitting.count import Collected, collected, count
+from ssl_exit.fitting.count import Collected, Statistics, collected, count
 from ssl_exit.fitting.cut import Cutter, check_patience, check_repeatable, headed_encoder
 from ssl_exit.fitting.place import judged, places_exits
 from ssl_exit.fitting.record import record, record_logits
 from ssl_exit.fitting.sample import Clustering, Sample, described_sample, inertia_of, sample_size
-from ssl_exit.fitting.shards import Counted, Shaping, Shard, Survey
+from ssl_exit.fitting.shards import Counted, Own, Shaping, Shard, Survey
 from ssl_exit.model import Model
 from ssl_exit.provenance import ExitChoice, Provenance
 from ssl_exit.settings import Settings
@@ -95,16 +95,25 @@ def fit_shard(
     )
     _check_part(own, about, len(source))
     fit, shape_, certify = (np.flatnonzero(own.roles == role) for role in (FIT, SHAPE, CERTIFY))
-    room = most_shaping(logits_per_image(settings)) // len(surveyed.held)
-    shape_ = np.sort(np.random.default_rng(settings.random_state).permutation(shape_)[:room])
+    room = most_shaping(logits_per_image(settings))
+    shape_ = shape_[_lowest(own.hashes[shape_], np.concatenate(surveyed.held), room, settings)]
     before = {REPEATED: SeenImages([surveyed.before(shard.rank)])}
+
+    def checked(role: int, hashes: np.ndarray) -> np.ndarray:
+        if not np.isin(hashes, own.hashes[own.roles == role]).all():
+            raise InputError("this job's images are others than when it first read them; give it the same ones")
+        return hashes
 
     sample = surveyed.sample
     final, n_sample = shard.same(lambda: clustering.of(sample))
     scatter = any(rule.needs_scatter for rule in rules)
-    _, statistics = shard.merged(
-        "statistics", lambda: count(tapped, images(fit, "fit"), final, sample.origin, scatter=scatter)
-    )
+
+    def counted() -> tuple[Statistics, dict[int, str]]:
+        statistics = count(tapped, images(fit, "fit"), final, sample.origin, scatter=scatter)
+        checked(FIT, statistics.images)
+        return replace(statistics, skipped={}), statistics.skipped
+
+    skipped, statistics = shard.merged("statistics", counted)
     data = collected(final, statistics, sample, soft=any(rule.needs_soft for rule in rules))
 
     def fitted(tapped: TappedEncoder, data: Collected) -> Cascade:
@@ -114,13 +123,13 @@ def fit_shard(
 
         return Cascade.closed(tapped, shard.same(learnt), final, cut.across)
 
-    def said(cascade: Cascade) -> Shaping:
+    def said(cascade: Cascade) -> tuple[Shaping, dict[int, str]]:
         def measured() -> StageTimes:
             return stage_times(cascade.tapped, cascade.rules, cascade.final, example)
 
         times, hashes = cascade.times or shard.first(measured), list[np.ndarray]()
-        logits, _ = record_logits(cascade, unseen(images(shape_, "calibrate"), before, hashes))
-        return Shaping(logits, SeenImages(hashes).hashes, times)
+        logits, unusable = record_logits(cascade, unseen(images(shape_, "calibrate"), before, hashes))
+        return Shaping(logits, checked(SHAPE, SeenImages(hashes).hashes), times), unusable
 
     cascade, choices = fitted(tapped, data), list[ExitChoice]()
     if places_exits(settings):
@@ -132,26 +141,30 @@ def fit_shard(
         times = placing.times.without(kept)
         cascade = fitted(cut.only(tapped, kept), data.at(tapped, kept)).timed(times)
 
-    shaping: Shaping = shard.merged("shaping", lambda: said(cascade))[1]
+    shaping: Shaping
+    unshaped, shaping = shard.merged("shaping", lambda: said(cascade))
     timed = cascade.timed(shaping.times)
     path = _same_path(shard, timed, shaping, settings, place=exits.points == "auto" and not choices)
 
     @cache
-    def proof() -> tuple[Recorded, np.ndarray]:
+    def proof() -> tuple[Recorded, np.ndarray, dict[int, str]]:
         hashes = list[np.ndarray]()
-        recorded, _ = record(path.cascade, unseen(images(certify, "certify"), before, hashes))
-        return recorded, SeenImages(hashes).hashes
+        recorded, unusable = record(path.cascade, unseen(images(certify, "certify"), before, hashes))
+        return recorded, checked(CERTIFY, SeenImages(hashes).hashes), unusable
+
+    def told() -> tuple[Counted, dict[int, str]]:
+        recorded, hashes, unusable = proof()
+        return Counted(SettingCounts.count(path.settings, recorded), hashes), unusable
 
     if settings.calibration.guarantee == "exit":
-        path = without_thin_cells(path, shard.merged("certifying", lambda: len(proof()[0]))[1], settings)
-    counted: Counted = shard.merged(
-        "counts", lambda: Counted(SettingCounts.count(path.settings, proof()[0]), proof()[1])
-    )[1]
+        path = without_thin_cells(path, shard.merged("certifying", lambda: (len(proof()[0]), None))[1], settings)
+    unproven, proven = shard.merged("counts", told)
     seen = np.union1d(statistics.images, shaping.images) if choices else statistics.images
     inertia = inertia_of(final, sample.features[:n_sample])
-    used = Provenance(seen, own.skipped, data.n_fit, n_sample, tuple(choices), inertia=inertia)
+    skipped = own.skipped | skipped | unshaped | unproven
+    used = Provenance(seen, skipped, data.n_fit, n_sample, tuple(choices), inertia=inertia)
     model = uncertified(encoder, spec, timed, settings, preprocessing, shape, used)
-    return calibrated(model, path, counted.counts, shaping.images, counted.images, {}, model.settings)
+    return calibrated(model, path, proven.counts, shaping.images, proven.images, {}, model.settings)
 
 
 def _check_settings(settings: Settings) -> None:
@@ -165,7 +178,7 @@ def _check_settings(settings: Settings) -> None:
         raise InputError(f"a fit of shards does without {asked[0]}, which needs all images in one process")
 
 
-def _check_part(own: Survey, about: dict[str, str], n: int) -> None:
+def _check_part(own: Own, about: dict[str, str], n: int) -> None:
     """Refuse a part that a job wrote for another fit."""
     differ = [name for name in about if own.about.get(name) != about[name]]
     differ += ["the number of images"] if len(own.roles) != n else []
@@ -175,8 +188,10 @@ def _check_part(own: Survey, about: dict[str, str], n: int) -> None:
 
 def survey(
     tapped: TappedEncoder, batches: Iterable[Batch], n: int, wanted: int, settings: Settings, about: dict[str, str]
-) -> Survey:
+) -> tuple[Survey, Own]:
     """The first look at a shard: what every image is for, and the sample of those to fit.
+
+    The encoder runs on images that may be in the sample only.
 
     Args:
         tapped: the encoder, on the device to use.
@@ -185,7 +200,7 @@ def survey(
         settings: seed and holdout.
         about: what all shards must have in common.
     """
-    roles, skipped = np.full(n, UNUSABLE, dtype=np.int8), dict[int, str]()
+    roles, content, skipped = np.full(n, UNUSABLE, dtype=np.int8), np.zeros(n, np.uint64), dict[int, str]()
     sample, held = Sample.empty(0, tapped), [np.empty(0, np.uint64)]
     for batch in batches:
         skipped |= batch.skipped
@@ -193,21 +208,43 @@ def survey(
             continue
         hashes = image_hashes(batch.images)
         own = roles_of(hashes, settings)
-        roles[batch.indices.numpy()] = own
+        roles[batch.indices.numpy()], content[batch.indices.numpy()] = own, hashes
         held.append(hashes[own != FIT])
-        rows = np.flatnonzero(own == FIT)
+        full = len(sample) == wanted
+        rows = np.flatnonzero((own == FIT) & (hashes < sample.keys[-1] if full else True))
         if len(rows):
             few = Batch(batch.indices[rows], batch.images[torch.from_numpy(rows).to(batch.images.device)])
             sample = (sample + described_sample(tapped, few, hashes[rows], skipped)).lowest(wanted)
-    return Survey(about, wanted, sample, np.unique(np.concatenate(held)), roles, skipped)
+    told = Survey(about, wanted, sample, np.unique(np.concatenate(held)))
+    return told, Own(about, roles, content, skipped)
 
 
 def roles_of(hashes: np.ndarray, settings: Settings) -> np.ndarray:
     """What images are for, by content hash, (N,) uint64 -> (N,) int8: multiplied by a random odd number, as the seed
     draws it, they fall into shares of the numbers of 64 bits."""
-    holdout, rng = settings.calibration.holdout, np.random.default_rng(settings.random_state)
-    place = (hashes * (rng.integers(2**64, dtype=np.uint64) | np.uint64(1))) / 2.0**64
+    holdout = settings.calibration.holdout
+    place = _scrambled(hashes, settings.random_state) / 2.0**64
     return np.where(place >= holdout, FIT, np.where(place >= SHAPING * holdout, CERTIFY, SHAPE)).astype(np.int8)
+
+
+def _lowest(hashes: np.ndarray, held: np.ndarray, most: int, settings: Settings) -> np.ndarray:
+    """Which of a shard's images shape thresholds, (n,) bool: at most so many over all shards, drawn by content.
+
+    Args:
+        hashes: of those of its images that may, (n,) uint64.
+        held: of all images that shards hold out.
+    """
+    able, seed = np.unique(held), (settings.random_state, 1)
+    able = able[roles_of(able, settings) == SHAPE]
+    if len(able) <= most:
+        return np.ones(len(hashes), dtype=bool)
+    limit = np.partition(_scrambled(able, seed), most - 1)[most - 1]
+    return _scrambled(hashes, seed) <= limit
+
+
+def _scrambled(hashes: np.ndarray, seed: int | tuple[int, ...]) -> np.ndarray:
+    """Multiplied by a random odd number, modulo 2^64: one to one, and in another order."""
+    return hashes * (np.random.default_rng(seed).integers(2**64, dtype=np.uint64) | np.uint64(1))
 
 
 def _same_path(shard: Shard, cascade: Cascade, shaping: Shaping, settings: Settings, *, place: bool) -> ThresholdPath:

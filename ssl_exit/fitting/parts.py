@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -24,14 +24,22 @@ from ssl_exit.files import atomic_file, file_hash
 from ssl_exit.fitting.count import Statistics
 from ssl_exit.fitting.record import Logits
 from ssl_exit.fitting.sample import Sample
-from ssl_exit.fitting.shards import STEPS, Counted, Shaping, Shard, Survey, Surveyed, T
+from ssl_exit.fitting.shards import STEPS, Counted, Own, Shaping, Shard, Survey, Surveyed, T
 
 KINDS = {
     kind.__name__: kind
-    for kind in (Survey, Surveyed, Sample, Statistics, ClusterStatistics, Shaping, Logits, StageTimes, Counted,
+    for kind in (Survey, Surveyed, Own, Sample, Statistics, ClusterStatistics, Shaping, Logits, StageTimes, Counted,
                  SettingCounts)
 }  # fmt: skip
+TOLD: dict[str, type] = {
+    "sample": Survey, "statistics": Statistics, "placing": Shaping, "shaping": Shaping, "certifying": int,
+    "counts": Counted,
+}  # fmt: skip
 KIND, ARRAY = "kind", "array"  # keys of what stands for a dataclass and an array
+
+
+PART, MERGED = {"after", "derived", "jobs", "step", "value"}, {"rank", "of", "value"}  # names in files
+ALIKE = "run all jobs on machines of one kind, with the same versions and number of threads"
 
 
 class PartWritten(Exception):
@@ -42,15 +50,20 @@ class StoredShard(Shard):
     """One of several jobs, which need not run at the same time, nor on machines that know each other.
 
     Args:
-        folder: of this job alone, for its parts; the same at every run.
-
-    Raises:
-        InputError: the folder holds parts of another fit.
+        folder: of this job alone, for its parts; the same at every run. Files that end in .part are for the others, and
+            those that end in .own stay.
     """
 
     def __init__(self, folder: str | Path) -> None:
-        self.folder, self.steps, self.after = Path(folder), 0, ""
-        self.derived = ""
+        self.folder = Path(folder)
+        self._begin()
+
+    def __enter__(self) -> Self:
+        self._begin()
+        return self
+
+    def _begin(self) -> None:
+        self.steps, self.jobs, self.after, self.derived = 0, 0, "", ""
 
     def same(self, make: Callable[[], T]) -> T:
         """Every job comes to it by itself; `merge_parts` checks that it is the same."""
@@ -58,8 +71,8 @@ class StoredShard(Shard):
         self.derived = settings_hash([self.derived, _digest(made)])
         return made
 
-    def merged(self, step: str, part: Callable[[], Any]) -> tuple[Any, Any]:
-        """This job's part of a step, and what all of them come to.
+    def merged(self, step: str, part: Callable[[], tuple[Any, Any]]) -> tuple[Any, Any]:
+        """What this job keeps to itself, and what the parts of all jobs come to.
 
         Raises:
             PartWritten: the step is not merged yet.
@@ -68,18 +81,23 @@ class StoredShard(Shard):
         self.steps += 1
         file = self.folder / f"{self.steps}-{step}.part"
         if not file.is_file():
-            value = part()
-            write_part(file, {"after": self.after, "derived": self.derived, "value": value})
-        own, merged = read_part(file), file.with_suffix(".merged")
-        if own["after"] != self.after:
+            value, own = part()
+            write_part(file.with_suffix(".own"), {"value": own})
+            write_part(
+                file, {"after": self.after, "derived": self.derived, "jobs": self.jobs, "step": step, "value": value}
+            )
+        told, merged = read_part(file, PART), file.with_suffix(".merged")
+        if told["after"] != self.after:
             raise InputError(f"{str(file)!r} was computed after another merged step; begin with an empty folder")
+        if told["derived"] != self.derived:
+            raise InputError(f"{str(file)!r} was computed with other clusters or rules than this run comes to: {ALIKE}")
         if not merged.is_file():
             raise PartWritten(f"part of step {self.steps} ({step}) written to {str(file)!r}")
-        result = read_part(merged)
+        result = read_part(merged, MERGED)
         if result["of"][result["rank"]] != file_hash(file):
             raise InputError(f"{str(merged)!r} was merged from another part than {str(file)!r}; merge again")
-        self.rank, self.after = result["rank"], settings_hash(result["of"])
-        return own["value"], result["value"]
+        self.rank, self.jobs, self.after = result["rank"], len(result["of"]), settings_hash(result["of"])
+        return read_part(file.with_suffix(".own"), {"value"})["value"], result["value"]
 
 
 def merge_parts(folders: Sequence[str | Path]) -> str:
@@ -109,14 +127,13 @@ def merge_parts(folders: Sequence[str | Path]) -> str:
     _, _, step = files[0].stem.partition("-")
     if step not in STEPS:
         raise InputError(f"{str(files[0])!r} is no part of a fit")
-    parts = [read_part(file) for file in files]
+    parts = [read_part(file, PART) for file in files]
+    if jobs := next((part["jobs"] for part in parts if part["jobs"] not in (0, len(parts))), 0):
+        raise InputError(f"steps before {step} were merged from {jobs} folders; name all of them, got {len(parts)}")
     if len({part["after"] for part in parts}) > 1:
         raise InputError(f"parts of step {step} were computed after different merged steps; begin with empty folders")
     if len({part["derived"] for part in parts}) > 1:
-        raise InputError(
-            f"before step {step} jobs came from the same numbers to different clusters or rules: run all of them on "
-            "machines of one kind, with the same versions and number of threads"
-        )
+        raise InputError(f"before step {step} jobs came from the same numbers to different clusters or rules: {ALIKE}")
     value, hashes = STEPS[step]([part["value"] for part in parts]), [file_hash(file) for file in files]
     for rank, file in enumerate(files):
         write_part(file.with_suffix(".merged"), {"rank": rank, "of": hashes, "value": value})
@@ -129,16 +146,19 @@ def write_part(file: Path, content: dict[str, Any]) -> None:
         torch.save({name: _plain(value) for name, value in content.items()}, draft)
 
 
-def read_part(file: Path) -> dict[str, Any]:
-    """What `write_part` wrote.
+def read_part(file: Path, names: set[str]) -> dict[str, Any]:
+    """What `write_part` wrote under these names.
 
     Raises:
         InputError: it is damaged, or something else.
     """
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
-        return {name: _made(value) for name, value in dict(content).items()}
-    except (UnpicklingError, RuntimeError, EOFError, KeyError, TypeError, ValueError) as error:
+        result = {name: _made(value) for name, value in dict(content).items()}
+        if result.keys() != names or not isinstance(result["value"], TOLD.get(result.get("step", ""), object)):
+            raise ValueError("it holds something else")
+        return result
+    except (OSError, UnpicklingError, RuntimeError, EOFError, KeyError, TypeError, ValueError, AttributeError) as error:
         reason = next(iter(str(error).splitlines()), "")
         raise InputError(f"{str(file)!r} is no part of a fit, or damaged: {reason}") from error
 

@@ -6,6 +6,7 @@ for all. What follows from merged values alone (final clusters, rules) is comput
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from functools import reduce
 from operator import add
 from typing import Any, Self, TypeVar
@@ -30,15 +31,28 @@ class Survey:
         wanted: images in the merged sample.
         sample: of its images to fit.
         held: content hashes of those that it holds out, each once, uint64.
-        roles: of every image (see `ssl_exit.fitting.fit_shard`), (n,) int8; stays with the shard.
-        skipped: position and reason of those that could not be used; stays with the shard.
     """
 
     about: dict[str, str]
     wanted: int
     sample: Sample
     held: np.ndarray
+
+
+@dataclass(frozen=True)
+class Own:
+    """What a shard keeps of its images.
+
+    Attributes:
+        about: as in `Survey`.
+        roles: what every image is for (see `ssl_exit.fitting.fit_shard`), (n,) int8.
+        hashes: content hash of every image, (n,) uint64; 0 of those that could not be read.
+        skipped: position and reason of those.
+    """
+
+    about: dict[str, str]
     roles: np.ndarray
+    hashes: np.ndarray
     skipped: dict[int, str]
 
 
@@ -84,12 +98,16 @@ def merge_surveys(parts: list[Survey]) -> Surveyed:
     """The sample of all shards.
 
     Raises:
-        InputError: shards of different fits.
+        InputError: shards of different fits, or of the same images.
     """
     first = parts[0].about
     for rank, part in enumerate(parts[1:], start=1):
         if differ := sorted(name for name in first.keys() | part.about if first.get(name) != part.about.get(name)):
             raise InputError(f"shards 0 and {rank} are not of one fit: they differ in {', '.join(differ)}")
+    for rank, part in enumerate(parts):
+        for other in range(rank):
+            if len(part.held) and np.array_equal(part.held, parts[other].held):
+                raise InputError(f"shards {other} and {rank} have the same images: give each a share of its own")
     sample = reduce(lambda a, b: (a + b).lowest(parts[0].wanted), (part.sample for part in parts))
     return Surveyed(replace(sample, indices=sample.indices * 0 - 1), [part.held for part in parts])
 
@@ -104,6 +122,8 @@ def merge_counts(parts: list[Any]) -> Any:
     """The sum."""
     return reduce(add, parts)
 
+
+PATIENCE = timedelta(days=30)  # shards wait for the slowest, through whole passes over its images
 
 STEPS: dict[str, Callable[[list[Any]], Any]] = {
     "sample": merge_surveys,
@@ -124,10 +144,15 @@ class Shard:
 
     rank = 0
 
-    def merged(self, step: str, part: Callable[[], Any]) -> tuple[Any, Any]:
-        """This shard's part of a step (see `STEPS`), and what all of them merge into."""
-        own = part()
-        return own, STEPS[step]([own])
+    def merged(self, step: str, part: Callable[[], tuple[Any, Any]]) -> tuple[Any, Any]:
+        """What this shard keeps to itself, and what the parts of all shards merge into.
+
+        Args:
+            step: one of `STEPS`.
+            part: computes what it tells the others, and what it keeps.
+        """
+        told, own = part()
+        return own, STEPS[step]([told])
 
     def same(self, make: Callable[[], T]) -> T:
         """What follows from merged values, the same in all shards."""
@@ -165,12 +190,12 @@ class DistributedShard(Shard):
                 "torch.distributed is not initialized: start by torchrun, or call torch.distributed.init_process_group"
             )
         self.rank, self.size = distributed.get_rank(), distributed.get_world_size()
-        self.group: Any = distributed.new_group(backend="gloo")
+        self.group: Any = distributed.new_group(backend="gloo", timeout=PATIENCE)
         self.ended = False
 
-    def merged(self, step: str, part: Callable[[], Any]) -> tuple[Any, Any]:
-        own = part()
-        return own, self._meet(own, None, STEPS[step])
+    def merged(self, step: str, part: Callable[[], tuple[Any, Any]]) -> tuple[Any, Any]:
+        told, own = part()
+        return own, self._meet(told, None, STEPS[step])
 
     def same(self, make: Callable[[], T]) -> T:
         made = make() if self.rank == 0 else None
@@ -181,27 +206,39 @@ class DistributedShard(Shard):
 
     def fail(self, error: BaseException) -> None:
         if not self.ended:
-            self._meet(None, f"shard {self.rank}: {type(error).__name__}: {error}", len)
+            self._meet(None, f"shard {self.rank}: {_said(error)}", len)
 
     def _meet(self, own: Any, wrong: str | None, merge: Callable[[list[Any]], T]) -> T:
         """Every process calls this the same number of times: the first one merges what all say, or what went wrong."""
         from torch import distributed
 
         parts: list[Any] | None = [None] * self.size if self.rank == 0 else None
-        distributed.gather_object((own, wrong), parts, dst=0, group=self.group)
         answer: list[Any] = [None]
         error: BaseException | None = None
-        if parts is not None:
-            try:
-                reasons = [reason for _, reason in parts if reason]
-                answer = [(None, reasons[0]) if reasons else (merge([part for part, _ in parts]), None)]
-            except Exception as caught:
-                answer, error = [(None, f"{caught}")], caught
-        distributed.broadcast_object_list(answer, src=0, group=self.group)
+        try:
+            distributed.gather_object((own, wrong), parts, dst=0, group=self.group)
+            if parts is not None:
+                reasons = [reason for _, reason in parts if reason is not None]
+                try:
+                    answer = [(None, reasons[0]) if reasons else (merge([part for part, _ in parts]), None)]
+                except Exception as caught:
+                    answer, error = [(None, _said(caught))], caught
+            distributed.broadcast_object_list(answer, src=0, group=self.group)
+        except RuntimeError as gone:  # of gloo
+            self.ended = True
+            if wrong is not None:
+                raise
+            raise InputError(f"another process of this fit is gone: {_said(gone)}") from gone
         value, reason = answer[0]
-        if reason:
+        if reason is not None:
             self.ended = True
             if error or wrong is None:
                 raise error or InputError(reason)
         result: T = value
         return result
+
+
+def _said(error: BaseException) -> str:
+    """An error in one line, never an empty one."""
+    text = next(iter(f"{error}".splitlines()), "")
+    return text if isinstance(error, InputError) and text else f"{type(error).__name__}: {text}"

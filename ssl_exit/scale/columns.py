@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -118,15 +119,13 @@ class LabelColumns:
         chosen = np.random.default_rng().random(n) < share if share else None
         result = model.run(self._images(cells).batches(np.arange(n), batch), n, batch, chosen)
         reasons = np.array([result.skipped.get(i, "") for i in range(n)], dtype=str)
-        exits = np.array(model.cascade.exit_names, dtype=str)[result.exits]
+        exits = np.where(result.labels >= 0, np.array(model.cascade.exit_names, dtype=str)[result.exits], "")
         rows = {"label": result.labels, "exit": exits, "score": result.scores, "reason": reasons}
         return rows | ({"audited": result.audited} if share else {})
 
     def _images(self, cells: list[Any]) -> ImageSource:
-        preprocessing = self.model.preprocessing
-        if preprocessing is None:
-            return open_images(torch.stack([torch.as_tensor(cell, dtype=torch.float32) for cell in cells]))
-        return open_images(_Cells(cells, preprocessing, self.max_pixels or self.model.settings.runtime.max_pixels))
+        max_pixels = self.max_pixels or self.model.settings.runtime.max_pixels
+        return open_images(_Cells(cells, self.model.preprocessing or _Tensors(self.model.image_shape), max_pixels))
 
 
 def audit_of(rows: Iterable[Mapping[str, Any]], model: Model, share: float | None = None) -> DriftAudit:
@@ -152,8 +151,9 @@ class _Cells(ImageFiles):
         super().__init__([str(row) for row in range(len(cells))], preprocessing, max_pixels)
         self.cells = cells
 
-    def read(self, index: int, transform: Callable[[Image.Image], Any]) -> Any:
-        return self._read(self.cells[index], transform)
+    def read(self, index: int, transform: Callable[[Any], Any]) -> Any:
+        cell = self.cells[index]
+        return transform(cell) if isinstance(transform, _Tensors) else self._read(cell, transform)
 
     def _read(self, cell: Any, transform: Callable[[Image.Image], Any]) -> Any:
         if isinstance(cell, Mapping):
@@ -169,3 +169,17 @@ class _Cells(ImageFiles):
             return transform(Image.fromarray(pixels.squeeze(2) if pixels.shape[2:] == (1,) else pixels))
         except Exception as error:  # of any type, as decoders raise
             return Unreadable(f"{type(error).__name__}: {error}")
+
+
+@dataclass(frozen=True)
+class _Tensors:
+    """In place of a preprocessing: cells that hold images as the encoder takes them, of one shape, (C, H, W)."""
+
+    shape: tuple[int, ...]
+
+    def __call__(self, cell: Any) -> Any:
+        try:
+            tensor = torch.as_tensor(cell, dtype=torch.float32)
+        except (TypeError, ValueError, RuntimeError) as error:
+            return Unreadable(f"no image: expected numbers, {self.shape}; got {shown(cell)} ({error})")
+        return tensor if tensor.shape == self.shape else Unreadable(f"expected {self.shape}; got {tuple(tensor.shape)}")

@@ -16,7 +16,7 @@ from ssl_exit.data.image_files import FolderImages
 from ssl_exit.data.preprocessing import Preprocessing
 from ssl_exit.encoders.small import digits_encoder
 from ssl_exit.fitting.fit_shard import CERTIFY, FIT, SHAPE, roles_of
-from ssl_exit.fitting.parts import read_part
+from ssl_exit.fitting.parts import MERGED, read_part
 from ssl_exit.scale import DistributedShard, PartWritten, StoredShard, merge_parts
 from ssl_exit.settings import Settings
 from tests.conftest import clusterer
@@ -68,7 +68,7 @@ def test_unlike_shards_come_to_the_model_of_one_process(encoder, digits, whole, 
         assert model.certificate.early == one.certificate.early > 0.5
         assert model.certificate.issued_for["images"] == one.certificate.issued_for["images"]
         np.testing.assert_array_equal(model.provenance.images, one.provenance.images)
-    ours, theirs = (read_part(place / "2-statistics.merged")["value"] for place in (folder, tmp_path / "0"))
+    ours, theirs = (read_part(place / "2-statistics.merged", MERGED)["value"] for place in (folder, tmp_path / "0"))
     for a, b in zip(ours.exits, theirs.exits, strict=True):
         for name in ("counts", "sums", "scatter"):
             scale = getattr(a, name).abs().max()
@@ -143,6 +143,115 @@ def test_what_cannot_be_merged_is_refused(encoder, digits, tmp_path):
         DistributedShard()
 
 
+def test_what_changes_between_runs_of_a_job_is_found_out(encoder, digits, tmp_path, monkeypatch):
+    """Other images, other clusters, a folder that is left out: no certificate of what nobody counted."""
+    halves, folders = digits.tensor_split(2), [tmp_path / "a", tmp_path / "b"]
+
+    def run(images, i, shard=None):
+        return clusterer(encoder, **HOW).fit(images, shard=shard or StoredShard(folders[i]))
+
+    def step(*order):
+        for i, own in enumerate(order):
+            with pytest.raises(PartWritten):
+                run(halves[own], i)
+
+    with pytest.raises(PartWritten):
+        run(halves[0][:898], 0, StoredShard(tmp_path / "twice"))
+    with pytest.raises(PartWritten):
+        run(halves[0][:898], 0, StoredShard(tmp_path / "again"))
+    with pytest.raises(InputError, match="shards 0 and 1 have the same images"):
+        merge_parts([tmp_path / "twice", tmp_path / "again"])
+
+    step(0, 1)
+    merge_parts(folders)
+    with pytest.raises(InputError, match="images are others than when it first read them"):
+        run(digits[torch.randperm(len(digits))[: len(halves[0])]], 0)
+    one = StoredShard(folders[0])  # an object that serves several runs begins anew
+    for _ in range(2):
+        with pytest.raises(PartWritten, match=r"step 2 \(statistics\)"):
+            run(halves[0], 0, one)
+    with pytest.raises(PartWritten):
+        run(halves[1], 1)
+    with pytest.raises(InputError, match="steps before statistics were merged from 2 folders; name all of them, got 1"):
+        merge_parts(folders[:1])
+    merge_parts(folders)
+    for _ in range(2):
+        step(0, 1)
+        merge_parts(folders)
+    whole = [run(half, i).model_ for i, half in enumerate(halves)]
+    assert whole[0].certificate.n == whole[1].certificate.n > 200
+
+    from ssl_exit.fitting.sample import Clustering
+
+    real = Clustering.of
+    monkeypatch.setattr(Clustering, "of", lambda self, sample: shifted(*real(self, sample)))
+    with pytest.raises(InputError, match="computed with other clusters or rules than this run comes to"):
+        run(halves[0], 0)
+
+
+def shifted(final, n):
+    """As another machine's k-means might come out."""
+    final.centroids += 0.5 * torch.randn(final.centroids.shape, generator=torch.Generator().manual_seed(0))
+    return final, n
+
+
+def test_what_is_private_is_in_no_part(encoder, image_folder, tmp_path):
+    (image_folder / "0" / "John_Smith.png").write_bytes(b"no image")
+    source = FolderImages(image_folder, Preprocessing(8, (0.0,), (1.0,)))
+    with pytest.raises(PartWritten):
+        clusterer(encoder, **HOW).fit(source, shard=StoredShard(tmp_path / "a"))
+    merge_parts([tmp_path / "a"])
+    with pytest.raises(PartWritten):
+        clusterer(encoder, **HOW).fit(source, shard=StoredShard(tmp_path / "a"))
+    parts = [file for file in (tmp_path / "a").iterdir() if file.suffix in (".part", ".merged")]
+    assert len(parts) == 3
+    assert not any(b"John_Smith" in file.read_bytes() for file in parts)
+    assert b"John_Smith" in (tmp_path / "a" / "1-sample.own").read_bytes()
+
+
+def test_without_held_out_images(encoder, digits, tmp_path):
+    (model,) = by_jobs(encoder, [digits[:300]], tmp_path, holdout=0.0)
+    assert model.certificate.n == 0
+    assert model.certificate.early == 0
+
+
+def test_unusable_images_are_told_of_as_in_one_process(encoder, digits, tmp_path):
+    images = digits.clone()
+    images[::30] = float("nan")
+    with pytest.warns(UserWarning, match="60 of 1797 images could not be used"):
+        (model,) = by_jobs(encoder, [images], tmp_path)
+    assert sorted(i for i, why in model.provenance.skipped.items() if "NaN" in why) == list(range(0, 1797, 30))
+
+
+def test_no_more_images_shape_than_memory_allows_whoever_has_them(encoder, digits, tmp_path, monkeypatch):
+    from ssl_exit.fitting import fit_shard as module
+
+    monkeypatch.setattr(module, "most_shaping", lambda numbers: 60)
+    (one,) = by_jobs(encoder, [digits], tmp_path / "one")
+    two = by_jobs(encoder, digits.tensor_split([1700]), tmp_path / "two")
+    assert len(one.provenance.shaped) == 60
+    np.testing.assert_array_equal(np.sort(two[1].provenance.shaped), np.sort(one.provenance.shaped))
+    np.testing.assert_allclose(two[0].cascade.thresholds, one.cascade.thresholds, rtol=1e-5)
+
+
+def test_the_encoder_first_runs_on_what_may_be_in_the_sample(encoder, digits, monkeypatch):
+    from ssl_exit.fitting import fit_shard as module
+
+    described, real = [], module.described_sample
+
+    def counted(tapped, batch, *more):
+        described.append(len(batch.indices))
+        return real(tapped, batch, *more)
+
+    monkeypatch.setattr(module, "described_sample", counted)
+    monkeypatch.setattr(module, "sample_size", lambda *_: 100)
+    from ssl_exit.fitting.shards import Shard
+
+    model = clusterer(encoder, **HOW, batch_size=64).fit(digits, shard=Shard()).model_
+    assert model.provenance.n_sample == 100
+    assert 100 <= sum(described) < 600
+
+
 class _Command:
     def __reduce__(self):
         return os.system, ("touch executed",)
@@ -152,10 +261,14 @@ def test_parts_that_are_none_execute_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     file = tmp_path / "a" / "1-sample.part"
     file.parent.mkdir()
-    torch.save({"after": "", "derived": "", "value": {"kind": "PosixPath"}}, tmp_path / "kind")
-    torch.save({"after": "", "derived": "", "value": {"kind": "Sample", "keys": 1}}, tmp_path / "fields")
-    torch.save({"after": "", "derived": "", "value": _Command()}, tmp_path / "command")
-    others = [(tmp_path / name).read_bytes() for name in ("kind", "fields", "command")]
+    about = {"after": "", "derived": "", "jobs": 0, "step": "sample"}
+    values = {"kind": {"kind": "PosixPath"}, "fields": {"kind": "Sample", "keys": 1}, "command": _Command(),
+              "number": 3, "array": {"array": [1]}}  # fmt: skip
+    for name, value in values.items():
+        torch.save(about | {"value": value}, tmp_path / name)
+    torch.save({"weight": torch.zeros(2)}, tmp_path / "weights")
+    torch.save(about, tmp_path / "nothing")
+    others = [(tmp_path / name).read_bytes() for name in (*values, "weights", "nothing")]
     for content in (b"", b"no part", pickle.dumps(_Command()), *others):
         file.write_bytes(content)
         with pytest.raises(InputError, match="is no part of a fit, or damaged"):
@@ -242,24 +355,61 @@ import sys, torch
 from torch import distributed
 from ssl_exit import ExitClusterer, InputError
 from ssl_exit.encoders.small import digits_encoder
+from ssl_exit.fitting import fit_shard, shards
 from ssl_exit.scale import DistributedShard
 
-distributed.init_process_group("gloo", init_method=sys.argv[1], rank=int(sys.argv[2]), world_size=2)
+meet, rank, broken, where = sys.argv[1:]
+distributed.init_process_group("gloo", init_method=meet, rank=int(rank), world_size=2)
 torch.manual_seed(0)
-images = torch.rand(0 if sys.argv[2] == sys.argv[3] else 200, 1, 8, 8)
+images = torch.rand(200, 1, 8, 8, generator=torch.Generator().manual_seed(int(rank)))
+
+def fail(*_, **__):
+    raise MemoryError()
+
+if rank == broken:
+    images = images[:0] if where == "images" else images
+    if where == "later":
+        fit_shard.collected = fail
+    elif where == "merge":
+        shards.STEPS["statistics"] = fail
+    elif where == "gone":
+        fit_shard.collected = lambda *_, **__: sys.exit(3)
 try:
     ExitClusterer(digits_encoder(), 3, exits=["block2"]).fit(images, shard=DistributedShard())
-except InputError as error:
-    print(error)
+except (InputError, MemoryError) as error:
+    print(type(error).__name__, error)
+distributed.destroy_process_group()
 """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("broken", ["0", "1"])
-def test_a_process_that_fails_tells_the_others(tmp_path, broken):
+@pytest.mark.parametrize(
+    ("broken", "where", "why"),
+    [
+        ("0", "images", "there are no images: the data are empty"),
+        ("1", "images", "there are no images: the data are empty"),
+        ("0", "later", "MemoryError"),
+        ("1", "later", "MemoryError"),
+        ("0", "merge", "MemoryError"),
+    ],
+)
+def test_a_process_that_fails_tells_the_others(tmp_path, broken, where, why):
     (tmp_path / "fit.py").write_text(FAILING)
     words = [sys.executable, tmp_path / "fit.py", f"file://{tmp_path / 'meet'}"]
-    both = [subprocess.Popen([*words, rank, broken], stdout=subprocess.PIPE, text=True) for rank in "01"]
+    both = [subprocess.Popen([*words, rank, broken, where], stdout=subprocess.PIPE, text=True) for rank in "01"]
     said = [process.communicate(timeout=120)[0] for process in both]
     assert [process.returncode for process in both] == [0, 0]
-    assert all("there are no images: the data are empty" in each for each in said), said
+    assert all(why in each for each in said), said
+
+
+@pytest.mark.slow
+def test_a_process_that_is_gone_is_one_error(tmp_path):
+    """One is killed between two steps; the other says so in a line, and does not wait for ever."""
+    (tmp_path / "fit.py").write_text(
+        FAILING.replace("sys.exit(3)", "os._exit(3)").replace("import sys", "import os, sys")
+    )
+    words = [sys.executable, tmp_path / "fit.py", f"file://{tmp_path / 'meet'}"]
+    both = [subprocess.Popen([*words, rank, "1", "gone"], stdout=subprocess.PIPE, text=True) for rank in "01"]
+    said = [process.communicate(timeout=120)[0] for process in both]
+    assert both[1].returncode == 3
+    assert "InputError another process of this fit is gone" in said[0]

@@ -59,8 +59,21 @@ def test_cells_of_every_kind_have_the_labels_of_predict(fitted, pixels, tmp_path
     np.testing.assert_array_equal(rows["exit"][good], np.array(c.exit_names_)[result.exits[good]])
     np.testing.assert_allclose(rows["score"][good], result.scores[good], atol=1e-5)
     assert (rows["label"][~good] == -1).all()
+    assert (rows["exit"][~good] == "").all()
     assert (rows["reason"] != "").tolist() == (~good).tolist()
     assert "no image: expected bytes, a path or uint8 pixels" in rows["reason"][4]
+
+
+def test_cells_that_need_no_preprocessing_are_judged_one_by_one(rgb_digits):
+    c = clusterer(untrained("resnet20", rgb_digits), n_clusters=3, max_disagreement=0.2, confidence=0.5)
+    c.fit(rgb_digits[:400])
+    cells = [*rgb_digits[:6], None, rgb_digits[0][:, :8], "x", [[1.0]]]
+    rows = LabelColumns(c.model_)({"image": cells})
+    np.testing.assert_array_equal(rows["label"][:6], c.predict(rgb_digits[:6]))
+    assert (rows["label"][6:] == -1).all()
+    assert (rows["exit"][6:] == "").all()
+    assert "expected (3, 32, 32); got (3, 8, 32)" in rows["reason"][7]
+    assert "expected numbers" in rows["reason"][8]
 
 
 def test_an_arrow_table_and_no_rows(fitted, pixels):
