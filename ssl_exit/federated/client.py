@@ -14,7 +14,7 @@ from ssl_exit.data.images import Batch, ImageData, open_images
 from ssl_exit.data.reading import first_images
 from ssl_exit.errors import InputError
 from ssl_exit.exits.certificate import SettingCounts
-from ssl_exit.exits.final import FinalClusters
+from ssl_exit.exits.final import Final, FinalClusters
 from ssl_exit.exits.rules import temperature_losses
 from ssl_exit.exits.thresholds import Recorded
 from ssl_exit.federated.questions import LOG_TEMPERATURES, Arrays, Sizes, narrow, triangle
@@ -38,13 +38,17 @@ class Client:
         images: as `ExitClusterer.fit` takes them.
         rows: answer with labels and scores of single images where the server wants them for thresholds; by default
             with counts alone.
+        least: images of a cluster, below which it tells nothing of them: a sum over one image is what the encoder says
+            of it. Default 1: tells all.
 
     Raises:
         InputError: parameters that a federated fit does without, or images that cannot be used.
     """
 
-    def __init__(self, c: ExitClusterer, images: ImageData, *, rows: bool = False) -> None:
-        self.shared, self.rows = Shared(c), rows
+    def __init__(self, c: ExitClusterer, images: ImageData, *, rows: bool = False, least: int = 1) -> None:
+        if least < 1:
+            raise InputError(f"least is a number of images, 1 or more; got {least}")
+        self.shared, self.rows, self.least = Shared(c), rows, least
         runtime = self.shared.settings.runtime
         self.source = open_images(images, c.preprocessing, runtime.num_workers, max_pixels=runtime.max_pixels,
                                   key=runtime.image_key)  # fmt: skip
@@ -97,9 +101,16 @@ class Client:
             features.append(fit.features)
         return _Survey(roles, np.concatenate(keys), torch.cat(features), total)
 
-    def _batches(self, role: int, task: str) -> Iterable[Batch]:
+    def _told_of(self, final: Final) -> Tensor:
+        """Which images to fit are in clusters large enough to tell of, (n,) bool."""
+        labels = final(self._survey.features)
+        return torch.bincount(labels, minlength=final.n_clusters)[labels] >= self.least
+
+    def _batches(self, role: int, task: str, own: np.ndarray | None = None) -> Iterable[Batch]:
+        """Images for a purpose, or those of them, (n,) bool."""
         shape = self.shared.cut.example.shape[1:]
         positions = np.flatnonzero(self._survey.roles == role)
+        positions = positions if own is None else positions[own]
         return reader(self.source, self.shared.settings, tuple(shape))(positions, task)
 
     def _hello(self, told: Arrays) -> Arrays:
@@ -117,13 +128,18 @@ class Client:
         centroids, counts = np.empty((0, features.shape[1]), np.float32), np.empty(0, np.int64)
         if k:
             own = FinalClusters.fit(features, k, spherical=spherical, seed=settings.random_state)
-            centroids, counts = own.centroids.numpy(), np.bincount(own(features).numpy(), minlength=k)
-        return {"centroids": centroids, "counts": counts, "descriptors": self._survey.descriptors}
+            counts = np.bincount(own(features).numpy(), minlength=k)
+            told_of = counts >= self.least
+            centroids, counts = own.centroids.numpy()[told_of], counts[told_of]
+        few = len(features) < self.least
+        return {"centroids": centroids, "counts": counts, "descriptors": self._survey.descriptors * (not few),
+                "n": np.asarray(0 if few else len(features), dtype=np.int64)}  # fmt: skip
 
     def _lloyd(self, told: Arrays) -> Arrays:
         final, features = self.shared.final(told), self._survey.features
         assert isinstance(final, FinalClusters)
-        labels, k = final(features), final.n_clusters
+        labels, k, own = final(features), final.n_clusters, self._told_of(final)
+        labels, features = labels[own], features[own]
         points = torch.nn.functional.normalize(features, dim=1) if final.spherical else features
         sums = torch.zeros(k, features.shape[1]).double().index_add_(0, labels, points.double())
         inertia = final.squared_distances(features).min(1).values.double().sum()
@@ -132,7 +148,8 @@ class Client:
 
     def _statistics(self, told: Arrays) -> Arrays:
         shared, origin = self.shared, torch.from_numpy(told["origin"].copy())
-        batches, final = self._batches(FIT, "statistics"), shared.final(told)
+        final = shared.final(told)
+        batches = self._batches(FIT, "statistics", self._told_of(final).numpy())
         statistics = count(shared.tapped, batches, final, origin, scatter=shared.needs_scatter)
         answer = Arrays()
         for i, one in enumerate(statistics.exits):

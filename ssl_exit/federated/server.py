@@ -1,4 +1,4 @@
-"""The server: from what clients answer to a fitted model, without an image, a feature or a hash of one leaving them."""
+"""The server: from what clients answer to a fitted model; no image, and no hash of one, leaves a client."""
 
 import math
 from collections.abc import Sequence
@@ -146,9 +146,9 @@ class _Server:
         shared, settings, k = self.shared, self.shared.settings, self.shared.settings.k
         n_features, dim, spherical = shared.tapped.output.dim, shared.tapped.dim, settings.clusters.spherical
         starts = self.tally.of_each("start", {}, lambda a, sizes: check_start(a, sizes, k, n_features, dim))
-        n = sum(int(a["counts"].sum()) for a in starts.values())
+        n = sum(int(a["n"]) for a in starts.values())
         if n < k:
-            raise InputError(f"all clients together have {n} images to fit; {k} clusters need at least as many")
+            raise InputError(f"all clients together tell of {n} images to fit; {k} clusters need at least as many")
         origin = np.sum([a["descriptors"] for a in starts.values()], axis=0) / n
         if settings.clusters.supervised:
             if n_features != k:
@@ -158,6 +158,8 @@ class _Server:
             own = torch.tensor(settings.clusters.centroids)
             return FinalClusters.given(own, torch.empty(0, n_features), spherical=spherical), 0, origin
         pool, sizes = (np.concatenate([a[name] for a in starts.values()]) for name in ("centroids", "counts"))
+        if len(pool) < k:
+            raise InputError(f"clients tell of {len(pool)} clusters of their own; {k} clusters need at least as many")
         centroids = start_from(pool, sizes, k, spherical=spherical, seed=settings.random_state)
         inertia = self.tally.report.inertia
         for _ in range(self.how.rounds):

@@ -245,6 +245,34 @@ def test_a_client_with_fewer_images_than_clusters_takes_part(encoder, parts):
     assert c.model_.provenance.n_fit == sum(row.images[0] for row in report.clients)
 
 
+def test_small_clusters_are_not_told_of(encoder, digits):
+    """No sum of fewer images than `least` leaves a client; what is left is counted consistently."""
+    parts = digits[:600].tensor_split([40, 300])
+    clients = {i: Client(clusterer(encoder, **HOW), part, least=12) for i, part in enumerate(parts)}
+    hidden, told_of = 0, []
+
+    def watched(question, told, wanted):
+        nonlocal hidden
+        answers = local_clients(clients)(question, told, wanted)
+        for client, answer in answers.items():
+            for name in ("counts", "counts_0"):
+                if name in answer and question != "counts":
+                    assert ((answer[name] == 0) | (answer[name] >= 12)).all()
+                    hidden += int((clients[client]._survey.roles == FIT).sum() - answer[name].sum())
+            if question == "statistics":
+                told_of.append(answer["counts_0"].sum())
+        return answers
+
+    c, _ = fitted(encoder, watched)
+    assert hidden > 0
+    assert c.model_.provenance.n_fit == sum(told_of)
+    assert (c.predict(digits[600:]) >= 0).all()
+    with pytest.raises(InputError, match=r"clients tell of 0 clusters of their own|tell of 0 images"):
+        fitted(encoder, local_clients({0: Client(clusterer(encoder, **HOW), parts[0], least=100)}))
+    with pytest.raises(InputError, match="least is a number of images"):
+        Client(clusterer(encoder, **HOW), parts[0], least=0)
+
+
 def test_rows_leave_only_clients_that_allow_it(encoder, parts):
     clients = made(encoder, parts[:2]) | {12: made(encoder, parts, rows=False)[12]}
     with pytest.raises(InputError, match="some clients answer with counts alone"):

@@ -1,5 +1,7 @@
 """A client: answers about its own images."""
 
+from typing import Any
+
 from flwr.app import Context
 
 from ssl_exit.federated import Client
@@ -9,7 +11,8 @@ from .task import clusterer, images
 
 
 def client(context: Context) -> Client:
-    return Client(clusterer(context.run_config), images(context), rows=context.run_config["thresholds"] == "rows")
+    config: Any = context.run_config
+    return Client(clusterer(config), images(context), rows=config["thresholds"] == "rows", least=config["least"])
 
 
 app = client_app(client)
