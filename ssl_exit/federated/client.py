@@ -1,7 +1,8 @@
 """A client: it has images, and answers questions about them with arrays."""
 
+import copy
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ssl_exit.clusterer import ExitClusterer
-from ssl_exit.data.hashes import image_hashes, tensors_hash
+from ssl_exit.data.hashes import SeenImages, image_hashes, noted, tensors_hash
 from ssl_exit.data.images import Batch, ImageData, open_images
 from ssl_exit.data.reading import first_images
 from ssl_exit.errors import InputError
@@ -19,7 +20,7 @@ from ssl_exit.exits.rules import temperature_losses
 from ssl_exit.exits.thresholds import Recorded
 from ssl_exit.federated.questions import LOG_TEMPERATURES, Arrays, Sizes, narrow, triangle
 from ssl_exit.federated.shared import Shared
-from ssl_exit.fitting.calibrate import reader
+from ssl_exit.fitting.calibrate import ThresholdPath, calibrated, leaving_costs, reader
 from ssl_exit.fitting.count import count
 from ssl_exit.fitting.cut import check_repeatable
 from ssl_exit.fitting.fit_shard import CERTIFY, FIT, SHAPE, UNUSABLE, roles_of
@@ -72,10 +73,24 @@ class Client:
         except KeyError as error:
             raise InputError(f"question {question!r} came without {error}") from error
 
-    @property
-    def fitted(self) -> np.ndarray:
-        """Content hashes of the images behind statistics, uint64; they stay here."""
-        return np.unique(self._survey.keys)
+    def calibrated(self, c: ExitClusterer) -> ExitClusterer:
+        """A copy of the clusterer that `fit_federated` fitted, with thresholds certified for this client alone.
+
+        Its images that certify choose among the settings of the federated path, which they did not shape; so that the
+        claim, about images like this client's, holds with the confidence of the fit. The copy knows which of this
+        client's images it was fitted to: `calibrate` refuses them.
+        """
+        model, hashes = c.model_, list[np.ndarray]()
+        cascade, settings = model.cascade, model.settings
+        recorded, skipped = record(cascade, noted(self._batches(CERTIFY, "certify"), hashes))
+        costs = leaving_costs(cascade, settings.calibration.cost, range(len(cascade.rules)))
+        path = ThresholdPath(cascade, model.path, Recorded.empty(len(cascade.rules)), costs)
+        counts = SettingCounts.count(model.path, recorded)
+        own, seen = np.unique(self._survey.keys), SeenImages(hashes).hashes
+        local = replace(model, provenance=replace(model.provenance, images=own))
+        copied = copy.copy(c)
+        copied._hold(calibrated(local, path, counts, np.empty(0, np.uint64), seen, skipped, settings))
+        return copied
 
     @cached_property
     def _survey(self) -> "_Survey":

@@ -9,8 +9,11 @@ import torch
 from ssl_exit import InputError, load
 from ssl_exit.data.hashes import image_hashes
 from ssl_exit.encoders.small import digits_encoder
+from ssl_exit.exits.certificate import SettingCounts, certify
 from ssl_exit.federated import Client, Federation, dirichlet_split, fit_federated, local_clients
+from ssl_exit.fitting.calibrate import leaving_costs
 from ssl_exit.fitting.fit_shard import CERTIFY, FIT, SHAPE, fit_shard, roles_of
+from ssl_exit.fitting.record import record
 from ssl_exit.fitting.shards import Shard
 from tests.conftest import clusterer
 
@@ -102,7 +105,7 @@ def test_what_an_image_is_for_follows_from_its_content(encoder, parts):
         assert int(told["fit"]) == (roles == FIT).sum()
         for name, role in (("shape", SHAPE), ("certify", CERTIFY)):
             assert int(told[name]) == len(np.unique(image_hashes(part)[roles == role]))
-        np.testing.assert_array_equal(client.fitted, np.unique(image_hashes(part)[roles == FIT]))
+        np.testing.assert_array_equal(np.sort(client._survey.keys), np.sort(image_hashes(part)[roles == FIT]))
 
 
 def test_k_means_over_clients_is_nearly_that_of_all_images(encoder, digits, asked):
@@ -157,6 +160,35 @@ def test_every_client_or_nothing(encoder, asked):
     if c.certificate_.early:
         assert all(bdtr(row.disagreements, row.n, 0.1) <= delta for row in report.clients)
     assert "at every client" in str(c.certificate_)
+
+
+@pytest.mark.parametrize("thresholds", ["counts", "rows"])
+def test_a_client_certifies_the_model_for_itself(encoder, parts, thresholds):
+    """On the federated path, by its own counts; images it was fitted to cannot certify it again."""
+    clients = made(encoder, parts)
+    c, report = fitted(encoder, local_clients(clients), Federation(thresholds=thresholds))
+    before = c.certificate_
+    for client, row in zip(clients.values(), report.clients, strict=True):
+        own = client.calibrated(c)
+        told = certify(c.model_.path, counts_of(client, c), costs_of(c), 0.1, 0.9)
+        assert own.certificate_.guarantee == "overall"
+        assert (own.certificate_.n, own.certificate_.disagreements) == (told[1].n, told[1].disagreements)
+        assert own.certificate_.n == row.n
+        np.testing.assert_array_equal(own.model_.cascade.thresholds, c.model_.path[told[0]])
+        assert not own.certificate_.void
+    assert c.certificate_ == before
+    with pytest.raises(InputError, match="were used in fit"):
+        own.calibrate(parts[-1])
+
+
+def counts_of(client, c):
+    roles = client._survey.roles
+    recorded, _ = record(c.model_.cascade, client.source.batches(np.flatnonzero(roles == CERTIFY), 64))
+    return SettingCounts.count(c.model_.path, recorded)
+
+
+def costs_of(c):
+    return leaving_costs(c.model_.cascade, "macs", range(len(c.exit_points_)))
 
 
 WRONG = {
