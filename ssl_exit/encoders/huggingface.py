@@ -76,7 +76,7 @@ class Family(NamedTuple):
     """How models of one class are cut.
 
     Attributes:
-        layers: where the list of layers is.
+        layers: where the list of layers is, or, in two words, was before.
         modules: names of the modules before and behind the layers, in two words or groups.
         before: images to what enters the first layer.
         behind: what leaves the last layer to features.
@@ -133,7 +133,7 @@ FAMILIES = {
     "Dinov2Model": _DINOV2,
     "Dinov2WithRegistersModel": _DINOV2,
     "DINOv3ViTModel": Family("model.layer", ("embeddings", "norm"), _embedded, _first_of_normed),
-    "ViTModel": Family("layers", ("embeddings", "layernorm pooler"), _embedded, _vit),
+    "ViTModel": Family("layers encoder.layer", ("embeddings", "layernorm pooler"), _embedded, _vit),
     "CLIPVisionModel": _CLIP,
     "SiglipVisionModel": Family("encoder.layers", ("embeddings", "post_layernorm head"), _embedded, _siglip),
     "ResNetModel": Family("encoder.stages", ("embedder", "pooler"), _stem, _average),
@@ -147,12 +147,13 @@ def chained(model: nn.Module) -> nn.Module:
     family = FAMILIES.get(type(model).__name__) if type(model).__module__.startswith("transformers.") else None
     if family is None:
         return model
-    layers = model.get_submodule(family.layers)
+    modules = dict(model.named_modules())
+    place = next(name for name in family.layers.split() if name in modules)
     rope = getattr(model, "rope_embeddings", None)
     before, behind = family.modules
     named: dict[str, nn.Module] = {"embeddings": Part(family.before, model, before)}
-    for i, layer in enumerate(layers.children()):
-        named[f"{family.layers}.{i}"] = Layer(layer) if rope is None else RotaryLayer(layer, rope, model.config)
+    for i, layer in enumerate(modules[place].children()):
+        named[f"{place}.{i}"] = Layer(layer) if rope is None else RotaryLayer(layer, rope, model.config)
     return Chain(named | {"pooled": Part(family.behind, model, behind)})
 
 

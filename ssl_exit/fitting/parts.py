@@ -35,7 +35,7 @@ TOLD: dict[str, type] = {
     "sample": Survey, "statistics": Statistics, "placing": Shaping, "shaping": Shaping, "certifying": int,
     "counts": Counted,
 }  # fmt: skip
-KIND, ARRAY = "kind", "array"  # keys of what stands for a dataclass and an array
+KIND, ARRAY, DTYPE = "kind", "array", "dtype"  # keys of what stands for a dataclass and an array
 
 
 PART, MERGED = {"after", "derived", "jobs", "step", "value"}, {"rank", "of", "value"}  # names in files
@@ -169,7 +169,7 @@ def _plain(value: Any) -> Any:
         own = {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
         return {KIND: type(value).__name__, **own}
     if isinstance(value, np.ndarray):
-        return {ARRAY: torch.from_numpy(np.ascontiguousarray(value)).clone()}
+        return {ARRAY: torch.from_numpy(_signed(value)).clone(), DTYPE: str(value.dtype)}
     if isinstance(value, torch.Tensor):
         return value.cpu().clone()
     if isinstance(value, list | tuple):
@@ -177,6 +177,12 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _plain(one) for name, one in value.items()}
     return str(value) if isinstance(value, str) else value  # no subclass of it
+
+
+def _signed(array: np.ndarray) -> np.ndarray:
+    """Hashes as int64: torch 2.4 neither saves nor reads uint64."""
+    whole = np.ascontiguousarray(array)
+    return whole.view(np.int64) if whole.dtype == np.uint64 else whole
 
 
 def _digest(value: Any) -> Any:
@@ -188,7 +194,7 @@ def _digest(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_digest(one) for one in value]
     if isinstance(value, np.ndarray):
-        value = torch.from_numpy(np.ascontiguousarray(value))
+        value = torch.from_numpy(_signed(value))
     return tensors_hash({"": value}) if isinstance(value, torch.Tensor) else str(value)
 
 
@@ -197,8 +203,8 @@ def _made(value: Any) -> Any:
         return [_made(one) for one in value]
     if not isinstance(value, dict):
         return value
-    if value.keys() == {ARRAY}:
+    if value.keys() == {ARRAY, DTYPE}:
         array: np.ndarray = value[ARRAY].numpy()
-        return array
+        return array.view(np.uint64) if value[DTYPE] == "uint64" else array
     own = {name: _made(one) for name, one in value.items() if name != KIND}
     return KINDS[value[KIND]](**own) if KIND in value else own

@@ -263,7 +263,7 @@ def test_parts_that_are_none_execute_nothing(tmp_path, monkeypatch):
     file.parent.mkdir()
     about = {"after": "", "derived": "", "jobs": 0, "step": "sample"}
     values = {"kind": {"kind": "PosixPath"}, "fields": {"kind": "Sample", "keys": 1}, "command": _Command(),
-              "number": 3, "array": {"array": [1]}}  # fmt: skip
+              "number": 3, "array": {"array": [1], "dtype": "int64"}}  # fmt: skip
     for name, value in values.items():
         torch.save(about | {"value": value}, tmp_path / name)
     torch.save({"weight": torch.zeros(2)}, tmp_path / "weights")
