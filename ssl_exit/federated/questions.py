@@ -58,11 +58,14 @@ class Sizes:
         numbers = [int(answer[name]) for name in ("fit", "shape", "certify", "skipped")]
         if min(numbers) < 0 or max(numbers) > MOST_IMAGES:
             raise InputError(f"numbers of images must lie in 0 to {MOST_IMAGES:,}; got {numbers}")
+        image = answer["image"].tolist()
+        if min(image) < 1 or max(image) > MOST_PIXELS:
+            raise InputError(f"images have sides of 1 to {MOST_PIXELS} pixels; got {image}")
         fit, shape, certify, skipped = numbers
-        return cls(fit, shape, certify, skipped, tuple(answer["image"].tolist()), bool(answer["rows"]))
+        return cls(fit, shape, certify, skipped, tuple(image), bool(answer["rows"]))
 
 
-MOST_IMAGES = 10**9  # of one client
+MOST_IMAGES, MOST_PIXELS = 10**9, 4096  # of one client; of a side of an image as the encoder takes it
 
 
 def check_start(answer: Arrays, sizes: Sizes, k: int, n_features: int, dim: int) -> None:

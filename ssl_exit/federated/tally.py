@@ -2,6 +2,7 @@
 
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -94,16 +95,22 @@ class Tally:
     def hello(self, about: Arrays) -> dict[int, Sizes]:
         """Who is there, and with how many images.
 
+        Clients whose images have another shape than those of most are left out.
+
         Raises:
-            InputError: nobody, or clients of images of different shapes.
+            InputError: too few.
         """
         answers = self.of_each("hello", about, lambda answer, _: Sizes.of(answer))
         self.sizes = {client: Sizes.of(answer) for client, answer in answers.items()}
-        shapes = {sizes.image for sizes in self.sizes.values()}
-        if len(shapes) > 1:
-            raise InputError(f"clients have images of different shapes: {sorted(shapes)}")
-        for client, sizes in self.sizes.items():
+        (shape, n), *_ = Counter(sizes.image for sizes in self.sizes.values()).most_common(1)
+        if n < max(1, self.fewest * len(self.rows)) or 2 * n <= len(self.sizes):
+            raise InputError(
+                f"{n} of {len(self.rows)} clients have images of one shape, {shape}; the others have others"
+            )
+        for client, sizes in list(self.sizes.items()):
             self.rows[client].images = sizes.fit, sizes.shape, sizes.certify
+            if sizes.image != shape:
+                self._leave_out(client, "hello", f"its images have shape {sizes.image}, those of most {shape}")
         return self.sizes
 
     def of_each(self, question: str, told: Arrays, check: Callable[[Arrays, Sizes], Any]) -> dict[int, Arrays]:

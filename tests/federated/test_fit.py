@@ -204,6 +204,7 @@ WRONG = {
     "more wrong than there are": {"counts": lambda a: a | {"wrong": a["wrong"].astype(np.int64) + 1000}},
     "text": {"counts": lambda a: a | {"wrong": np.array(["x"])}},
     "it failed": {"counts": lambda a: "its disk is full"},
+    "no image": {"hello": lambda a: a | {"image": np.array([1, 10**6, 8])}},
     "no numbers": {"hello": lambda a: a | {"fit": np.array(-3)}},
 }
 
@@ -266,7 +267,10 @@ def test_clients_of_another_fit(encoder, parts, asked):
     ):
         fitted(encoder, asked, n_clusters=7)
     shapes = made(encoder, [parts[0], torch.rand(50, 1, 12, 12)])
-    with pytest.raises(InputError, match=r"different shapes: \[\(1, 8, 8\), \(1, 12, 12\)\]"):
+    with pytest.raises(InputError, match=r"1 of 2 clients have images of one shape"):
+        fitted(encoder, local_clients(shapes))
+    shapes |= {12: made(encoder, parts)[12]}
+    with pytest.warns(UserWarning, match=r"client 11 is left out, hello: its images have shape \(1, 12, 12\)"):
         fitted(encoder, local_clients(shapes))
 
 
