@@ -13,16 +13,17 @@ from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parent.parent
 LINK = re.compile(r"\[(?P<text>[^\[\]]*)\]\((?P<target>\.\.?/[^):#]+)\)")
-FOLDERS = {"examples": ("Examples", "*.py", "python"), "configs": ("Configurations", "*.yaml", "yaml")}
+FOLDERS = {"examples": "Examples", "configs": "Configurations"}
+LANGUAGES = {".py": "python", ".yaml": "yaml"}
 PICTURES = "pictures"  # folder of the site
 
 
 def on_files(files: Files, config: Any) -> Files:
     """Add a page for each of `FOLDERS`, and the pictures of benchmarks/."""
-    for folder, (title, pattern, language) in FOLDERS.items():
+    for folder, title in FOLDERS.items():
         parts = [f"# {title}\n\nFiles of `{folder}/`, as they stand."]
-        for file in sorted((ROOT / folder).glob(pattern)):
-            parts.append(f"## {file.name}\n\n```{language}\n{file.read_text()}```")
+        for file in sorted(file for file in (ROOT / folder).iterdir() if file.suffix in LANGUAGES):
+            parts.append(f"## {file.name}\n\n```{LANGUAGES[file.suffix]}\n{file.read_text()}```")
         files.append(File.generated(config, f"{folder}.md", content="\n\n".join(parts)))
     for picture in sorted((ROOT / "benchmarks" / "results").glob("*.png")):
         files.append(File.generated(config, f"{PICTURES}/{picture.name}", abs_src_path=str(picture)))
