@@ -9,7 +9,9 @@ has a lighter lower tail than the binomial with the mean probability p = sum n_i
 for c <= n p - 1 (Hoeffding, Annals of Mathematical Statistics 1956, theorem 4). So the binomial test of
 `ssl_exit.exits.certificate` holds for the mixture, where it accepts no more than n eps - 1 disagreements.
 
-Neither claims anything of clients that gave no counts.
+Both take the images of a client to be drawn independently. "mixture" takes those of different clients to be
+independent too: where clients hold copies of the same images, use "client". Neither claims anything of clients that
+gave no counts.
 """
 
 from collections.abc import Sequence
@@ -22,8 +24,8 @@ from ssl_exit.exits.certificate import SettingCounts
 def mixture_passes(each: Sequence[SettingCounts], max_disagreement: float, delta: float, trim: int = 0) -> np.ndarray:
     """Which settings pass for the images of all clients together, (S,) bool.
 
-    With `trim` clients that may say anything, at every setting those that say they disagree least are left out. Where
-    all are honest that is only stricter: the share of the others is larger, and of fewer images.
+    With `trim` clients that may say anything, at every setting those are left out that speak most for it, by
+    n eps - disagreements, and a setting must pass with them too.
 
     Args:
         each: counts of every client.
@@ -34,13 +36,16 @@ def mixture_passes(each: Sequence[SettingCounts], max_disagreement: float, delta
     from scipy.special import bdtr
 
     n, wrong = _columns(each)
-    if trim:
-        share = wrong / np.maximum(n, 1)
-        kept = np.argsort(share, axis=1, kind="stable")[:, trim:]
-        n, wrong = n[kept], np.take_along_axis(wrong, kept, axis=1)
-    total, disagreements = np.broadcast_to(n, wrong.shape).sum(1), wrong.sum(1)
-    light = disagreements <= total * max_disagreement - 1
-    return np.asarray(light & (bdtr(disagreements, total, max_disagreement) <= delta))
+
+    def passes(n: np.ndarray, wrong: np.ndarray) -> np.ndarray:
+        total, disagreements = np.broadcast_to(n, wrong.shape).sum(1), wrong.sum(1)
+        light = disagreements <= total * max_disagreement - 1
+        return np.asarray(light & (bdtr(disagreements, total, max_disagreement) <= delta))
+
+    if not trim:
+        return passes(n, wrong)
+    kept = np.argsort(wrong - max_disagreement * n, axis=1, kind="stable")[:, trim:]
+    return passes(n, wrong) & passes(n[kept], np.take_along_axis(wrong, kept, axis=1))
 
 
 def client_passes(each: Sequence[SettingCounts], max_disagreement: float, delta: float) -> np.ndarray:

@@ -39,8 +39,9 @@ class Client:
         images: as `ExitClusterer.fit` takes them.
         rows: answer with labels and scores of single images where the server wants them for thresholds; by default
             with counts alone.
-        least: images of a cluster, below which it tells nothing of them: a sum over one image is what the encoder says
-            of it. Default 1: tells all.
+        least: images of a cluster, below which it gives no sum over them to k-means and statistics: a sum over one
+            image is what the encoder says of it. Default 1: gives all. What several answers differ by can still tell
+            of hidden images, and counts that certify are told of all.
 
     Raises:
         InputError: parameters that a federated fit does without, or images that cannot be used.
@@ -78,15 +79,23 @@ class Client:
 
         Its images that certify choose among the settings of the federated path, which they did not shape; so that the
         claim, about images like this client's, holds with the confidence of the fit. The copy knows which of this
-        client's images it was fitted to: `calibrate` refuses them.
+        client's images it was fitted to or shaped by: `calibrate` refuses them.
+
+        Raises:
+            InputError: the clusterer is not one that `fit_federated` fitted with this client's parameters, or it was
+                calibrated since.
         """
+        if not hasattr(c, "model_") or c.model_.certificate.guarantee not in ("mixture", "client"):
+            raise InputError("expected a clusterer as fit_federated left it; fit it, and calibrate it only afterwards")
+        if differ := self.shared.differs_from(Shared(c).about):
+            raise InputError(f"this clusterer is of another fit than this client: {', '.join(differ)}")
         model, hashes = c.model_, list[np.ndarray]()
         cascade, settings = model.cascade, model.settings
         recorded, skipped = record(cascade, noted(self._batches(CERTIFY, "certify"), hashes))
         costs = leaving_costs(cascade, settings.calibration.cost, range(len(cascade.rules)))
         path = ThresholdPath(cascade, model.path, Recorded.empty(len(cascade.rules)), costs)
         counts = SettingCounts.count(model.path, recorded)
-        own, seen = np.unique(self._survey.keys), SeenImages(hashes).hashes
+        own, seen = np.union1d(self._survey.keys, self._survey.shaping), SeenImages(hashes).hashes
         local = replace(model, provenance=replace(model.provenance, images=own))
         copied = copy.copy(c)
         copied._hold(calibrated(local, path, counts, np.empty(0, np.uint64), seen, skipped, settings))
@@ -99,7 +108,7 @@ class Client:
         shared.cut_for(example)
         check_repeatable(shared.encoder, shared.tapped, example, shared.settings)
         roles, seen, total = np.full(n, UNUSABLE, np.int8), np.empty(0, np.uint64), np.zeros(shared.tapped.dim)
-        keys, features = [seen], [torch.empty(0, shared.tapped.output.dim)]
+        keys, shaping, features = [seen], [seen], [torch.empty(0, shared.tapped.output.dim)]
         for batch in reader(self.source, shared.settings, tuple(example.shape[1:]))(np.arange(n), "survey"):
             if len(batch.indices) == 0:
                 continue
@@ -113,8 +122,9 @@ class Client:
             fit = own.at(np.flatnonzero(role == FIT))
             total += fit.descriptors.double().sum(0).numpy()
             keys.append(fit.keys)
+            shaping.append(own.keys[role == SHAPE])
             features.append(fit.features)
-        return _Survey(roles, np.concatenate(keys), torch.cat(features), total)
+        return _Survey(roles, np.concatenate(keys), np.concatenate(shaping), torch.cat(features), total)
 
     def _told_of(self, final: Final) -> Tensor:
         """Which images to fit are in clusters large enough to tell of, (n,) bool."""
@@ -216,11 +226,13 @@ class _Survey:
     Attributes:
         roles: what every image is for, (N,) int8; UNUSABLE where it is for nothing.
         keys: content hashes of those to fit, (n,) uint64.
-        features: their final features, (n, F).
+        shaping: of those that shape thresholds, uint64.
+        features: final features of those to fit, (n, F).
         descriptors: the sum of their descriptors, (dim,) float64.
     """
 
     roles: np.ndarray
     keys: np.ndarray
+    shaping: np.ndarray
     features: Tensor
     descriptors: np.ndarray

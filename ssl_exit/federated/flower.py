@@ -69,12 +69,15 @@ def flower_clients(grid: Grid, nodes: int = 1, timeout: float | None = 3600.0, w
             node = reply.metadata.src_node_id
             try:
                 if reply.has_error():
-                    raise InputError(f"its app failed: {f'{reply.error.reason}'.splitlines()[-1].strip()}")
+                    *_, reason = ["no reason given", *f"{reply.error.reason or ''}".splitlines()]
+                    raise InputError(f"its app failed: {reason.strip()}")
                 if "error" in reply.content[ABOUT]:
                     raise InputError(str(reply.content[ABOUT]["error"]))
                 answers[node] = _arrays(reply)
-            except (InputError, KeyError, ValueError, TypeError) as error:
+            except InputError as error:
                 answers[node] = f"{error}"
+            except Exception as error:  # whatever bytes of a stranger lead a decoder to
+                answers[node] = f"its answer cannot be read ({type(error).__name__}: {error})"
         return answers
 
     return ask

@@ -68,13 +68,20 @@ class Sizes:
 MOST_IMAGES, MOST_PIXELS = 10**9, 4096  # of one client; of a side of an image as the encoder takes it
 
 
-def check_start(answer: Arrays, sizes: Sizes, k: int, n_features: int, dim: int) -> None:
+MOST = 1e15  # of any number that a client tells: k-means overflows beyond
+
+
+def check_start(answer: Arrays, sizes: Sizes, k: int, n_features: int, dim: int, spherical: bool) -> None:
     """Of "start": K or fewer centroids, (k', F), their sizes, (k',), and the sum of all descriptors, (dim,)."""
     own = min(k, sizes.fit, len(answer["counts"]) if "counts" in answer and answer["counts"].ndim else 0)
     _expect(answer, {"centroids": ((own, n_features), np.float32), "counts": ((own,), np.int64),
                      "descriptors": ((dim,), np.float64), "n": ((), np.int64)})  # fmt: skip
     _expect_counts(answer["counts"], sizes.fit)
     _expect_counts(answer["n"], sizes.fit)
+    if (answer["counts"] == 0).any():
+        raise InputError("a centroid is told of without images")
+    if spherical and (np.linalg.norm(answer["centroids"].astype(np.float64), axis=1) > 1 + 1e-4).any():
+        raise InputError("a direction is longer than 1")
 
 
 def check_lloyd(answer: Arrays, sizes: Sizes, k: int, n_features: int, spherical: bool) -> None:
@@ -135,7 +142,12 @@ def check_trials(answer: Arrays, sizes: Sizes, n_settings: int, n_exits: int) ->
                      "n": ((), np.int64)})  # fmt: skip
     _expect_counts(answer["n"], sizes.shape)
     left = answer["left"].sum(1)
-    if (answer["left"] < 0).any() or (answer["wrong"] < 0).any() or (left > answer["n"]).any():
+    if (
+        (answer["left"] > sizes.shape).any()
+        or (answer["left"] < 0).any()
+        or (answer["wrong"] < 0).any()
+        or (left > answer["n"]).any()
+    ):
         raise InputError("counts are negative, or more images leave than there are")
     if (answer["wrong"] > left).any():
         raise InputError("more images disagree than leave")
@@ -150,8 +162,8 @@ def check_counts(answer: Arrays, sizes: Sizes, n_settings: int, n_exits: int, k:
         raise InputError("counts must be whole numbers")
     wide = {name: value.astype(np.int64) for name, value in answer.items()}
     _expect(wide, {name: (shape, np.int64) for name, shape in shapes.items()})
-    if min(int(value.min(initial=0)) for value in wide.values()) < 0:
-        raise InputError("counts are negative")
+    if any(((value < 0) | (value > sizes.certify)).any() for value in wide.values()):  # before a sum overflows
+        raise InputError(f"counts lie beyond 0 to {sizes.certify}")
     counts = SettingCounts(**wide)
     _expect_counts(counts.of_cluster, sizes.certify)
     of_each, left = counts.of_cluster[None], counts.left
@@ -207,9 +219,11 @@ def _expect(answer: Arrays, wanted: Mapping[str, tuple[tuple[int, ...], type]], 
             raise InputError(f"{name} must be {np.dtype(kind)} of shape {shape}; got {value.dtype} of {value.shape}")
         if name != but and not np.isfinite(value).all():
             raise InputError(f"{name} is not finite")
+        if value.dtype.kind == "f" and (np.abs(value) > MOST).any():
+            raise InputError(f"{name} has numbers beyond {MOST:g}")
 
 
 def _expect_counts(counts: np.ndarray, n: int) -> None:
     """Raise InputError unless whole numbers, none negative, come to n at most."""
-    if (counts < 0).any() or (counts != np.floor(counts)).any() or counts.sum() > n:
+    if (counts < 0).any() or (counts > n).any() or (counts != np.floor(counts)).any() or counts.sum() > n:
         raise InputError(f"counts of images must come to at most {n}; got {counts.sum():g}")

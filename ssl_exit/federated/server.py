@@ -128,7 +128,7 @@ class _Server:
         cascade = self._calibrated(cascade.timed(times), kept)
         if places_exits(settings) and any(one.shape for one in sizes.values()):
             choices = self._placed(cascade, names)
-            kept = [i for i, choice in enumerate(choices) if choice.kept]
+            kept = [i for i, choice in enumerate(choices) if choice.kept] or kept
             if len(kept) < len(names):
                 cascade = self._cascade(collected.at(shared.tapped, kept), kept).timed(times.without(kept))
                 cascade = self._calibrated(cascade, kept)
@@ -145,11 +145,12 @@ class _Server:
         """The final clusters, the number of images behind them, and the mean descriptor, (dim,)."""
         shared, settings, k = self.shared, self.shared.settings, self.shared.settings.k
         n_features, dim, spherical = shared.tapped.output.dim, shared.tapped.dim, settings.clusters.spherical
-        starts = self.tally.of_each("start", {}, lambda a, sizes: check_start(a, sizes, k, n_features, dim))
+        starts = self.tally.of_each("start", {}, lambda a, s: check_start(a, s, k, n_features, dim, spherical))
         n = sum(int(a["n"]) for a in starts.values())
         if n < k:
             raise InputError(f"all clients together tell of {n} images to fit; {k} clusters need at least as many")
-        origin = np.sum([a["descriptors"] for a in starts.values()], axis=0) / n
+        means = [a["descriptors"] / a["n"] for a in starts.values() if a["n"]]
+        origin = np.median(means, axis=0)  # any origin will do; one client must not move it far
         if settings.clusters.supervised:
             if n_features != k:
                 raise InputError(f"in the supervised mode the encoder gives one logit a class: {n_features}, not {k}")
@@ -222,10 +223,13 @@ class _Server:
             range(len(names)),
         )
         if self.how.thresholds == "rows":
-            return chosen(names, self._rows(cascade, [*every]), stage, own, settings.k, eps)
+            recorded = self._rows(cascade, [*every])
+            return chosen(names, recorded, stage, own, settings.k, eps) if len(recorded) else []
 
         sets = [kept for size in (e + 1 for e in every) for kept in combinations(every, size)]
         left, wrong, n = self._trials(cascade, sets)
+        if n == 0:
+            return []
         cost = dict[tuple[int, ...], float]()
         for i, kept in enumerate(sets):
             at_exit = left[i][:, kept]
@@ -245,7 +249,7 @@ class _Server:
         told = self.shared.told(cascade, list(range(e))) | {"settings": flat}
         answers = self.tally.of_each("trials", told, lambda a, s: check_trials(a, s, len(flat), e)).values()
         left, wrong = (np.sum([a[name] for a in answers], axis=0, dtype=np.int64) for name in ("left", "wrong"))
-        n = max(1, sum(int(a["n"]) for a in answers))
+        n = sum(int(a["n"]) for a in answers)
         return left.reshape(settings.shape), wrong.reshape(settings.shape[:2]), n
 
     def _rows(self, cascade: Cascade, kept: list[int]) -> Recorded:

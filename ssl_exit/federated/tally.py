@@ -124,10 +124,11 @@ class Tally:
         """
         first = question == "hello"
         waiting: list[int] | None = None if first else sorted(self.sizes)
-        start, checked, up, down = time.perf_counter(), dict[int, Arrays](), 0, 0
+        start, checked, up, down, n_asked = time.perf_counter(), dict[int, Arrays](), 0, 0, 0
         for _ in range(1 + self.tries):
             answers = self.ask(question, told, waiting)
             asked = sorted(answers) if waiting is None else waiting
+            n_asked = max(n_asked, len(asked))
             for client in asked:
                 self.rows.setdefault(client, ClientRow(client)).bytes_down += size_of(told)
                 down += size_of(told)
@@ -149,7 +150,7 @@ class Tally:
             if not waiting:
                 break
         total = len(self.rows)
-        self.report.questions.append({"question": question, "asked": total, "answered": len(checked), "bytes_up": up,
+        self.report.questions.append({"question": question, "asked": n_asked, "answered": len(checked), "bytes_up": up,
                                       "bytes_down": down, "seconds": time.perf_counter() - start})  # fmt: skip
         if len(checked) < max(1, self.fewest * total):
             reasons = {row.left_out for row in self.rows.values() if row.left_out}

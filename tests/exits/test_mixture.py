@@ -67,6 +67,9 @@ def test_a_client_that_says_nothing_disagrees_does_not_certify_the_others():
     honest, liar = [counts_of(200, [0, 30]) for _ in range(3)], counts_of(10**6, [0, 0])
     assert mixture_passes([*honest, liar], 0.1, 0.05)[1]
     assert not mixture_passes([*honest, liar], 0.1, 0.05, trim=1)[1]
+    empty, careful = counts_of(0, [0, 0]), counts_of(10**6, [0, 1])
+    assert not mixture_passes([empty, *honest, liar], 0.1, 0.05, trim=1)[1]
+    assert not mixture_passes([counts_of(20, [0, 0]), *honest, careful], 0.1, 0.05, trim=1)[1]
 
 
 def test_the_certificate_says_over_whom():

@@ -179,6 +179,12 @@ def test_a_client_certifies_the_model_for_itself(encoder, parts, thresholds):
     assert c.certificate_ == before
     with pytest.raises(InputError, match="were used in fit"):
         own.calibrate(parts[-1])
+    for other in (own, clusterer(encoder, **HOW)):
+        with pytest.raises(InputError, match="as fit_federated left it"):
+            client.calibrated(other)
+    other, _ = fitted(encoder, local_clients(made(encoder, parts, seed=1)), seed=1)
+    with pytest.raises(InputError, match="of another fit than this client: random_state"):
+        client.calibrated(other)
 
 
 def counts_of(client, c):
@@ -204,6 +210,10 @@ WRONG = {
     "more wrong than there are": {"counts": lambda a: a | {"wrong": a["wrong"].astype(np.int64) + 1000}},
     "text": {"counts": lambda a: a | {"wrong": np.array(["x"])}},
     "it failed": {"counts": lambda a: "its disk is full"},
+    "huge": {"start": lambda a: a | {"centroids": a["centroids"] * np.float32(1e20)}},
+    "huge descriptors": {"start": lambda a: a | {"descriptors": a["descriptors"] + 1e200}},
+    "counts that overflow": {"lloyd": lambda a: a | {"counts": np.full(4, 2**62)}},
+    "cells that overflow": {"counts": lambda a: a | {"left": a["left"].astype(np.int64) + 2**62}},
     "no image": {"hello": lambda a: a | {"image": np.array([1, 10**6, 8])}},
     "no numbers": {"hello": lambda a: a | {"fit": np.array(-3)}},
 }
@@ -279,6 +289,16 @@ def test_a_client_with_fewer_images_than_clusters_takes_part(encoder, parts):
     c, report = fitted(encoder, local_clients(clients))
     assert not any(row.left_out for row in report.clients)
     assert c.model_.provenance.n_fit == sum(row.images[0] for row in report.clients)
+
+
+@pytest.mark.parametrize("thresholds", ["counts", "rows"])
+def test_without_an_image_that_shapes_all_exits_stay(encoder, parts, thresholds):
+    clients = made(encoder, parts[:2], exits="auto")
+    for client in clients.values():
+        client._survey.roles[client._survey.roles == SHAPE] = -1
+    c, _ = fitted(encoder, local_clients(clients), Federation(thresholds=thresholds), exits="auto")
+    assert c.exit_choices_ == []
+    assert c.certificate_.n > 0
 
 
 def test_small_clusters_are_not_told_of(encoder, digits):

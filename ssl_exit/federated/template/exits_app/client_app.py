@@ -12,7 +12,8 @@ from .task import clusterer, images
 
 def client(context: Context) -> Client:
     config: Any = context.run_config
-    return Client(clusterer(config), images(context), rows=config["thresholds"] == "rows", least=config["least"])
+    own: Any = {"rows": config["thresholds"] == "rows", "least": config["least"]} | dict(context.node_config)
+    return Client(clusterer(config), images(context), rows=own["rows"], least=own["least"])
 
 
 app = client_app(client)
