@@ -16,6 +16,8 @@ together ("mixture"), or at any of them ("client"), above eps? With its 95 % int
 import argparse
 import time
 import warnings
+from functools import reduce
+from operator import add
 
 import numpy as np
 import torch
@@ -112,9 +114,7 @@ def coverage(c: ExitClusterer, draws: int) -> list[dict[str, float | str]]:
                 wide = np.hstack([w, np.zeros((len(path), k - 1), dtype=np.int64)])
                 of_cluster = np.array([n, *[0] * (k - 1)])
                 each.append(SettingCounts(left, left * 0, of_cluster, wide, np.maximum.accumulate(w[:, 0])))
-            total = each[0]
-            for one in each[1:]:
-                total = total + one
+            total = reduce(add, each)
             for guarantee, passes in (
                 ("mixture", mixture_passes(each, EPS, delta)), ("client", client_passes(each, EPS, delta)),
             ):  # fmt: skip

@@ -99,6 +99,8 @@ class Certificate:
                 why = f"of those that leave at an exit with a label at least {needed} are needed"
             elif self.guarantee == "cluster" and least < needed:
                 why = f"at least {needed} are needed of every cluster, and one has {least}"
+            elif self.guarantee == "client":
+                why = f"every client must certify it by itself, which takes {needed} images or more"
             elif self.n < needed:
                 why = f"at least {needed} are needed"
             return (

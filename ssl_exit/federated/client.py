@@ -68,7 +68,8 @@ class Client:
         """
         if question not in self.questions:
             raise InputError(f"there is no question {question!r}; there are {sorted(self.questions)}")
-        self._survey  # noqa: B018  # a process that was started anew has not said hello
+        if question != "hello":  # which compares parameters before images are read
+            self._survey  # noqa: B018  # a process that was started anew has not said hello
         try:
             return self.questions[question](told)
         except KeyError as error:

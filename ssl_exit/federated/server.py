@@ -1,9 +1,10 @@
 """The server: from what clients answer to a fitted model; no image, and no hash of one, leaves a client."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 from itertools import combinations
+from operator import add
 from typing import Literal
 
 import numpy as np
@@ -56,7 +57,7 @@ class Federation:
         guarantee: "mixture": of the images of all clients together; "client": of those of every client (see
             `ssl_exit.exits.mixture`).
         trim: share of clients, at either end, that coordinate-wise trimmed means leave out, in [0, 0.5); as many
-            clients that say they disagree least do not certify. 0: sums.
+            clients that speak most for a setting do not certify it. 0: sums.
         fewest: share of the clients that must answer every question, in (0, 1].
         tries: how often clients that did not answer in time are asked again.
         settings: thresholds that are tried, of "counts".
@@ -142,7 +143,7 @@ class _Server:
         return calibrated(model, path, counts, nothing, nothing, {}, model.settings, outcome), tally.finished()
 
     def _final(self) -> tuple[Final, int, np.ndarray]:
-        """The final clusters, the number of images behind them, and the mean descriptor, (dim,)."""
+        """The final clusters, the number of images behind them, and an origin near the mean descriptor, (dim,)."""
         shared, settings, k = self.shared, self.shared.settings, self.shared.settings.k
         n_features, dim, spherical = shared.tapped.output.dim, shared.tapped.dim, settings.clusters.spherical
         starts = self.tally.of_each("start", {}, lambda a, s: check_start(a, s, k, n_features, dim, spherical))
@@ -274,7 +275,7 @@ class _Server:
         told["settings"] = path.settings if how.thresholds == "rows" else path.settings[:, :, 0].copy()
         answers = self.tally.of_each("counts", told, lambda a, sizes: check_counts(a, sizes, s, e, k))
         each = {client: widened(answer) for client, answer in answers.items()}
-        counts, eps, delta = sum_of(list(each.values())), settings.max_disagreement, 1 - settings.confidence
+        counts, eps, delta = reduce(add, each.values()), settings.max_disagreement, 1 - settings.confidence
         own, trim = list(each.values()), math.ceil(how.trim * len(each))
         tests = max(1, len(own)) if how.guarantee == "client" else 1
 
@@ -291,14 +292,6 @@ class _Server:
             row.n, row.disagreements, row.bound = one.n, wrong, upper_bound(wrong, one.n, settings.confidence)
             row.early = float(one.left[setting].sum() / one.n) if one.n else 0.0
         return (path.cascade.at(path.settings[setting]), certificate), counts
-
-
-def sum_of(counts: Sequence[SettingCounts]) -> SettingCounts:
-    """Counts of all."""
-    total = counts[0]
-    for one in counts[1:]:
-        total = total + one
-    return total
 
 
 def _told_final(final: Final) -> Arrays:

@@ -21,7 +21,8 @@ class ClientRow:
         images: to fit, to shape thresholds, and to certify.
         n: of its images that certify, those that it gave counts of.
         disagreements: of those, how many get another label than the full encoder's; NaN without counts.
-        bound: Clopper-Pearson upper bound on their share, at the confidence of the fit, for this client alone.
+        bound: Clopper-Pearson upper bound on their share, at the confidence of the fit, for this client alone and for a
+            setting fixed in advance.
         early: share of them that leaves early.
         bytes_up, bytes_down: arrays that it sent and was sent.
         left_out: why the server asked it no more, or "".

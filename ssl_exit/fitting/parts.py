@@ -36,8 +36,6 @@ TOLD: dict[str, type] = {
     "counts": Counted,
 }  # fmt: skip
 KIND, ARRAY, DTYPE = "kind", "array", "dtype"  # keys of what stands for a dataclass and an array
-
-
 PART, MERGED = {"after", "derived", "jobs", "step", "value"}, {"rank", "of", "value"}  # names in files
 ALIKE = "run all jobs on machines of one kind, with the same versions and number of threads"
 

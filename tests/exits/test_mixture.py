@@ -85,3 +85,12 @@ def test_the_certificate_says_over_whom():
         assert setting == 1
         assert certificate.disagreements == 8
         assert {"mixture": "over the images of all clients", "client": "at every client"}[guarantee] in str(certificate)
+
+
+def test_why_not_every_client_is_certified():
+    each = [counts_of(100, [0, 0]), counts_of(7, [0, 0])]
+    path = np.array([[[np.inf]], [[0.5]]])
+    passes = client_passes(each, 0.05, 0.05)
+    _, certificate = certify(path, each[0] + each[1], np.array([0.3, 1.0]), 0.05, 0.95, "client", passes, 2)
+    assert certificate.early == 0
+    assert "every client must certify it by itself, which takes 72 images or more" in str(certificate)

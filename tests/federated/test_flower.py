@@ -80,6 +80,8 @@ def test_the_app_answers_as_the_client_does(flower, digits):
     app = flower.client_app(lambda context: client(int(context.node_config["partition-id"])))
     again = fit_federated(there, flower.flower_clients(Nodes(app)), Federation(rounds=3))
     np.testing.assert_array_equal(here.predict(digits), there.predict(digits))
+    theirs = there.model_.cascade.tensors()
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in here.model_.cascade.tensors().items())
     assert report.bytes_up == again.bytes_up
     with pytest.warns(UserWarning, match="client 2 is left out, hello: its app failed: its reason"):
         fit_federated(there, flower.flower_clients(Nodes(app, failing=[2])), Federation(rounds=1))
