@@ -92,5 +92,5 @@ def test_why_not_every_client_is_certified():
     path = np.array([[[np.inf]], [[0.5]]])
     passes = client_passes(each, 0.05, 0.05)
     _, certificate = certify(path, each[0] + each[1], np.array([0.3, 1.0]), 0.05, 0.95, "client", passes, 2)
-    assert certificate.early == 0
+    assert certificate.settings == 0
     assert "every client must certify it by itself, which takes 72 images or more" in str(certificate)
